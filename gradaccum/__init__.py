@@ -1,0 +1,40 @@
+"""The batch size you want, on the memory you have, with the gradient you would have got.
+
+    objective = gradaccum.causal_lm()
+    accumulator = gradaccum.Accumulator(model, objective, budget=gradaccum.Budget(tokens=16_384))
+    for batch in loader:
+        step = accumulator.backward(batch)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    trainer = gradaccum.attach(trainer)  # any transformers Trainer
+
+This module only re-exports; importing it needs torch alone and starts nothing.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from gradaccum import errors
+from gradaccum.engine import Accumulator
+from gradaccum.objective import Objective, causal_lm, from_mean
+from gradaccum.types import Budget, Step
+
+if TYPE_CHECKING:
+    from gradaccum.integrations.hf import attach
+
+__all__ = ["Accumulator", "Budget", "Objective", "Step", "attach", "causal_lm", "errors", "from_mean"]
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """Import `attach` on first use, since it needs transformers."""
+    if name != "attach":
+        raise AttributeError(f"module 'gradaccum' has no attribute {name!r}")
+    try:
+        from gradaccum.integrations.hf import attach
+    except ModuleNotFoundError as error:
+        raise errors.MissingExtra(
+            f"attach needs the package {error.name!r}, which is not installed",
+            hint='pip install "gradaccum[hf]"',
+        ) from error
+    return attach

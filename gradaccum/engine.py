@@ -1,0 +1,307 @@
+"""The core: run an effective batch in micro-batches and leave the full batch's gradient.
+
+    for micro in split(batch, objective, budget):        # largest first
+        loss = objective.loss(model, collate(micro))     # a sum
+        (loss / weight of the whole batch).backward()    # adds into .grad
+
+The weight is counted on the host before the first forward. Nothing in the loop waits for the
+device. The optimizer step, clipping, the scaler, the scheduler and logging are not here and never
+will be: they belong to whoever calls.
+"""
+
+import math
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from gradaccum import device as device_memory
+from gradaccum.batch import Collate, HostBatch, as_batch, to_device
+from gradaccum.errors import BadInput, CountMismatch, NotDecomposable
+from gradaccum.objective import Objective
+from gradaccum.split import split
+from gradaccum.types import Budget, Micro, Step
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """Hold an effective batch that is cut, collated and counted, still on the host.
+
+    Args:
+        micros: The micro-batches, largest first.
+        inputs: Their collated inputs, in the same order.
+        weights: Their weights by term; None where the loss reports its weight.
+        totals: The weights of the whole effective batch by term.
+    """
+
+    micros: tuple[Micro, ...]
+    inputs: tuple[Any, ...]
+    weights: tuple[dict[str, float], ...] | None
+    totals: dict[str, float] | None
+
+
+class Accumulator:
+    """Leave in `.grad` what one pass over the whole effective batch would have left.
+
+    Parameters of 16 bits are accumulated in `accumulate_dtype`: 4 bytes a parameter while the
+    window runs, instead of 2. At its end each gradient is handed over in the parameter's own
+    dtype, rounded once (2 bytes a parameter again, one tensor at a time). With
+    `grad_dtype=torch.float32` it stays in float32 (4 bytes a parameter until it is cleared), for
+    optimizers that take it: SGD, Adafactor, Adagrad, RMSprop, Muon; AdamW and fused SGD refuse.
+
+    Dropout draws other masks for other splits, as it does for other seeds. BatchNorm in training
+    mode has no exact accumulation and is refused, unless one micro-batch holds the whole batch.
+
+    Args:
+        model: Any module. Frozen, tied and unused parameters are fine.
+        objective: What is minimised, see `Objective`.
+        budget: How large one micro-batch may be. May be set anew between two calls.
+        collate: Turns a list of examples into a micro-batch; `pad_collate` if not given.
+        accumulate_dtype: Keep the sum at least this wide; None: in each parameter's own dtype.
+        grad_dtype: Hand over gradients in this dtype; None: in each parameter's own.
+        backward: Runs the backward pass of one scaled loss, for those who wrap it:
+            `lambda loss: scaler.scale(loss).backward()`, `accelerator.backward`.
+        after_micro: Is called with each `Micro` once it is queued on the device.
+
+    Example:
+        >>> model = nn.Linear(3, 1)
+        >>> objective = Objective(
+        ...     loss=lambda model, micro: (model(micro["x"]) - micro["y"]).square().sum(),
+        ...     weight=lambda micro: len(micro["y"]),
+        ...     unit="rows",
+        ... )
+        >>> accumulator = Accumulator(model, objective, budget=Budget(examples=2))
+        >>> step = accumulator.backward({"x": torch.ones(5, 3), "y": torch.zeros(5, 1)})
+        >>> step.num_micros, step.weight, model.weight.grad.shape
+        (3, 5.0, torch.Size([1, 3]))
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        objective: Objective,
+        *,
+        budget: Budget,
+        collate: Collate | None = None,
+        accumulate_dtype: torch.dtype | None = torch.float32,
+        grad_dtype: torch.dtype | None = None,
+        backward: Callable[[Tensor], Any] = Tensor.backward,
+        after_micro: Callable[[Micro], None] | None = None,
+    ) -> None:
+        self.model = model
+        self.objective = objective
+        self.budget = budget
+        self._collate = collate
+        self._accumulate_dtype = accumulate_dtype
+        self._grad_dtype = grad_dtype
+        self._backward = backward
+        self._after_micro = after_micro
+        self._last: Step | None = None
+
+    def prepare(self, batch: Any) -> Window:
+        """Cut, collate and count an effective batch on the host; `backward` takes the result.
+
+        Each example is collated once, so a collator that draws random numbers draws them once.
+
+        Raises:
+            BadInput: The batch is empty or a weight is negative or not finite.
+        """
+        host: HostBatch = as_batch(batch, self._collate)
+        micros = split(host, self.objective, self.budget)
+        inputs = tuple(host.take(micro.examples) for micro in micros)
+        if self.objective.weight is None:
+            return Window(tuple(micros), inputs, None, None)
+        weights = tuple(_by_term(self.objective.weight(part)) for part in inputs)
+        totals = {name: math.fsum(weight[name] for weight in weights) for name in weights[0]}
+        return Window(tuple(micros), inputs, weights, totals)
+
+    def backward(self, batch: Any) -> Step:
+        """Fill `.grad` with the gradient of the effective batch.
+
+        Whatever fails, the gradients of this window are dropped: never half a batch.
+
+        Args:
+            batch: A list of examples on the host, a collated batch, or what `prepare` returned.
+
+        Raises:
+            BadInput: Gradients of an unfinished step are still there; the batch is empty.
+            CountMismatch: `loss` and `weight` name different terms.
+            NotDecomposable: BatchNorm is in training mode and there are several micro-batches.
+        """
+        window = batch if isinstance(batch, Window) else self.prepare(batch)
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        if not parameters:
+            raise BadInput("the model has no parameter that requires a gradient")
+        device = parameters[0].device
+        self._warn_of_last()
+        _require_cleared(parameters)
+        _refuse_batch_norm(self.model, len(window.micros))
+        stop = device_memory.stopwatch(device)
+        late = None
+        with _accumulating(parameters, self._accumulate_dtype, self._grad_dtype):
+            ran, losses, reported = self._run(window, device)
+            if window.totals is None:
+                late = torch.stack(reported).sum()
+                divisor = torch.where(late > 0, late, 1)
+                losses = losses / divisor
+                for p in parameters:
+                    if p.grad is not None:
+                        p.grad.div_(divisor)
+            elif not any(window.totals.values()):
+                warnings.warn(f"no {self.objective.unit}: the gradients are zero", stacklevel=2)
+                for p in parameters:
+                    p.grad = torch.zeros_like(p, dtype=p.grad_dtype)
+        self._last = Step(
+            micros=window.micros,
+            weights=window.totals,
+            unit=self.objective.unit,
+            peak_bytes=device_memory.peak_bytes(device),
+            total_bytes=device_memory.total_bytes(device),
+            names=tuple(window.totals or ("loss",)),
+            loss_tensor=losses.sum(),
+            _losses=losses.to("cpu", non_blocking=True),
+            _ran=ran,
+            _late_weight=None if late is None else late.to("cpu", non_blocking=True),
+            _wait=stop(),
+        )
+        return self._last
+
+    def _run(
+        self, window: Window, device: torch.device
+    ) -> tuple[tuple[int, ...], Tensor, list[Tensor]]:
+        """Run every micro-batch forward and backward.
+
+        Returns:
+            Which micro-batches ran; their share of the loss, shape (ran, terms), on the device;
+            the weights that the losses reported.
+        """
+        ran: list[int] = []
+        losses: list[Tensor] = []
+        reported: list[Tensor] = []
+        for i, (micro, inputs) in enumerate(zip(window.micros, window.inputs, strict=True)):
+            # A micro-batch without weight adds zero; running it could add 0 * inf instead.
+            if window.weights is None or any(window.weights[i].values()):
+                loss = self.objective.loss(self.model, to_device(inputs, device))
+                if window.weights is None or window.totals is None:
+                    part, weight = _with_weight(loss)
+                    parts = [part]
+                    reported.append(weight.detach().to(device))
+                else:
+                    parts = _parts(loss, window.weights[i], window.totals)
+                # Autocast is for forwards; its documentation advises against it in backward.
+                with torch.autocast(device.type, enabled=False):
+                    self._backward(sum(parts[1:], parts[0]))
+                losses.append(torch.stack([part.detach().to(device) for part in parts]))
+                ran.append(i)
+            if self._after_micro is not None:
+                self._after_micro(micro)
+        return tuple(ran), torch.stack(losses) if losses else torch.zeros(0, 1), reported
+
+    def _warn_of_last(self) -> None:
+        """Warn if the last step's loss was not finite; by now the device has long computed it."""
+        step, self._last = self._last, None
+        for micro in step.nonfinite if step is not None else ():
+            warnings.warn(
+                f"the loss of the last step was not finite: examples {list(micro.examples)} of "
+                f"the effective batch, a micro-batch of size {micro.size:,}",
+                stacklevel=3,
+            )
+
+
+def _by_term(weight: Any) -> dict[str, float]:
+    terms = weight if isinstance(weight, Mapping) else {"loss": weight}
+    counted = {name: float(value) for name, value in terms.items()}
+    for name, value in counted.items():
+        if not (math.isfinite(value) and value >= 0):
+            raise BadInput(f"the weight of {name!r} is {value}, not a finite number of at least 0")
+    return counted
+
+
+def _parts(loss: Any, weight: dict[str, float], totals: dict[str, float]) -> list[Tensor]:
+    """Divide each term's sum by the weight of the whole batch; a term without weight is zero."""
+    terms = loss if isinstance(loss, Mapping) else {"loss": loss}
+    if terms.keys() != totals.keys():
+        raise CountMismatch(
+            f"the loss has the terms {sorted(terms)}, the weight has {sorted(totals)}",
+            hint="let loss and weight of the objective return dicts with the same names",
+        )
+    return [
+        _scalar(terms[name]) / total if weight[name] else torch.zeros_like(terms[name].detach())
+        for name, total in totals.items()
+    ]
+
+
+def _with_weight(loss: Any) -> tuple[Tensor, Tensor]:
+    if not (isinstance(loss, tuple) and len(loss) == 2):
+        raise CountMismatch(
+            "the objective has no weight, and its loss does not return (sum, weight)",
+            hint="several terms need weights that are known before the forward",
+        )
+    return _scalar(loss[0]), torch.as_tensor(loss[1])
+
+
+def _scalar(loss: Any) -> Tensor:
+    if not isinstance(loss, Tensor) or loss.ndim:
+        kind = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise BadInput(f"the loss has {kind}, and has to be a tensor of shape ()", hint="sum it")
+    return loss
+
+
+def _require_cleared(parameters: list[nn.Parameter]) -> None:
+    """Drop gradients that are zero; refuse others. Only looking at zeros waits for the device."""
+    left = [p.grad for p in parameters if p.grad is not None]
+    if left and torch.nn.utils.get_total_norm(left) != 0:
+        raise BadInput(
+            f"{len(left)} parameters still hold gradients of an unfinished step",
+            hint="call optimizer.step() and optimizer.zero_grad() after each backward(batch)",
+        )
+    for p in parameters:
+        p.grad = None
+
+
+def _refuse_batch_norm(model: nn.Module, num_micros: int) -> None:
+    if num_micros == 1:
+        return
+    found = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None)
+    ]
+    if found:
+        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+        raise NotDecomposable(
+            f"BatchNorm in training mode ({', '.join(found[:3])}{more}) normalises each of the "
+            f"{num_micros} micro-batches by its own statistics, not by those of the batch",
+            hint="put these modules in eval mode, use GroupNorm, or a budget for the whole batch",
+        )
+
+
+@contextmanager
+def _accumulating(
+    parameters: list[nn.Parameter], wide: torch.dtype | None, hand_over: torch.dtype | None
+) -> Iterator[None]:
+    """Let gradients add up in a wider dtype inside; hand them over rounded once on leaving."""
+    own = {
+        p: p.grad_dtype
+        for p in parameters
+        if wide is not None and torch.finfo(p.dtype).bits < torch.finfo(wide).bits
+    }
+    for p in own:
+        p.grad_dtype = wide
+    try:
+        yield
+    except BaseException:
+        for p in parameters:
+            p.grad = None
+        raise
+    finally:
+        for p, before in own.items():
+            grad, p.grad = p.grad, None
+            p.grad_dtype = hand_over or before
+            if grad is not None:
+                p.grad = grad.to(p.grad_dtype)

@@ -1,0 +1,35 @@
+"""The errors of gradaccum, as one tree.
+
+    GradaccumError
+    |-- BadInput          a wrong argument, file or setting; said before any work starts
+    |   `-- CountMismatch the loss and the weight name different terms
+    |-- NotDecomposable   no sum over micro-batches gives the gradient of the full batch
+    `-- MissingExtra      an optional dependency is not installed
+
+Every message is one sentence with both sides of the comparison; the hint names the next step.
+"""
+
+
+class GradaccumError(Exception):
+    """Carry a message and, after a blank line, a hint that says what to do."""
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(f"{message}\n\nhint: {hint}" if hint else message)
+        self.message = message
+        self.hint = hint
+
+
+class BadInput(GradaccumError, ValueError):
+    """Report a wrong argument, file or setting."""
+
+
+class CountMismatch(BadInput):
+    """Report a loss and a weight that name different terms."""
+
+
+class NotDecomposable(GradaccumError):
+    """Refuse a model or a loss whose full-batch gradient is no sum over micro-batches."""
+
+
+class MissingExtra(GradaccumError, ImportError):
+    """Report an optional dependency that is not installed."""

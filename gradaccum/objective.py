@@ -1,0 +1,168 @@
+"""What is minimised: a loss that is a sum, the weight that divides it, the size that it costs.
+
+Here are the objective and the ready-made ones. How a foreign loss is reduced is measured in
+`contract.py`, not guessed here.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gradaccum.errors import BadInput
+from gradaccum.types import IGNORE_INDEX
+
+Number = float | Tensor
+Weight = Number | Mapping[str, Number]
+
+
+@dataclass(frozen=True, slots=True)
+class Objective:
+    """Join a summed loss with its weight and its cost.
+
+    What `Accumulator.backward` leaves in `.grad` is the gradient of
+
+        sum over micro-batches of loss(model, micro)  /  sum over micro-batches of weight(micro)
+
+    taken separately for each term where `loss` and `weight` return dicts with the same names.
+
+    Args:
+        loss: Maps the model and one collated micro-batch on the device to the *sum* of the loss,
+            a tensor of shape (), or to `{term: sum}`. Reduce in float32. Where `weight` is None it
+            returns `(sum, weight)`, both of shape ().
+        weight: Maps one collated micro-batch on the host to what divides the loss (trained
+            tokens, rows, ...), or to `{term: weight}`. None: the loss reports it after the
+            forward, and the gradients are scaled once, at the end.
+        size: Maps one example to its cost in memory (tokens, pixels, 1).
+        unit: What the weight counts, for messages.
+
+    Example:
+        >>> rows = Objective(
+        ...     loss=lambda model, micro: F.mse_loss(model(micro["x"]), micro["y"], reduction="sum"),
+        ...     weight=lambda micro: micro["y"].numel(),
+        ...     unit="values",
+        ... )
+    """
+
+    loss: Callable[[nn.Module, Any], Any]
+    weight: Callable[[Any], Weight] | None
+    size: Callable[[Any], int] = lambda example: length(example)
+    unit: str = "items"
+
+
+def length(example: Any) -> int:
+    """Return the number of tokens of an example; 1 where it holds no token ids."""
+    if isinstance(example, (dict, Mapping)):  # dict first: a million of these are asked
+        for key in ("input_ids", "labels"):
+            if key in example and not _is_number(example[key]):
+                return len(example[key])
+    return 1
+
+
+def rows(micro: Any) -> int:
+    """Return the number of rows of a micro-batch: the first dimension of its first tensor."""
+    if isinstance(micro, Tensor):
+        return micro.shape[0]
+    for part in micro.values() if isinstance(micro, Mapping) else micro:
+        if isinstance(part, (Tensor, Mapping)):
+            return rows(part)
+    raise BadInput("the micro-batch holds no tensor, so its rows cannot be counted")
+
+
+def tokens(micro: Any) -> Tensor:
+    """Return the number of labels that are not -100, shape (), where the labels are."""
+    return (_labels(micro) != IGNORE_INDEX).sum()
+
+
+def shifted_tokens(micro: Any) -> Tensor:
+    """Return the number of labels that a causal model is trained on, shape ().
+
+    The label at position 0 has no prediction; counting it makes the gradient of short rows too
+    small. Labels that the collator has already shifted (`shift_labels`) count as they are.
+    """
+    if "shift_labels" in micro:
+        return (micro["shift_labels"] != IGNORE_INDEX).sum()
+    return (_labels(micro)[..., 1:] != IGNORE_INDEX).sum()
+
+
+def causal_lm() -> Objective:
+    """Return the objective of a causal language model: token cross entropy, labels shifted here.
+
+        loss = sum over t with labels[t] != -100 of -log p(labels[t] | inputs before t)
+
+    Micro-batches are dicts with `labels` of shape (B, T) and whatever the model's forward takes;
+    the model returns logits of shape (B, T, V), alone, first in a tuple or as `.logits`. Logits
+    of 16 bits are reduced in float32. Weight: trained tokens. Size: padded tokens.
+
+    Example:
+        >>> causal_lm().weight({"labels": torch.tensor([[-100, 5, 6], [1, 2, -100]])})
+        tensor(3)
+    """
+
+    def loss(model: nn.Module, micro: dict[str, Any]) -> Tensor:
+        outputs = model(**{key: value for key, value in micro.items() if key != "labels"})
+        logits_BTV = _logits(outputs)[:, :-1]
+        if logits_BTV.dtype in (torch.float16, torch.bfloat16):
+            logits_BTV = logits_BTV.float()
+        labels_BT = micro["labels"][:, 1:].to(logits_BTV.device)
+        return F.cross_entropy(
+            logits_BTV.flatten(0, 1),
+            labels_BT.flatten(),
+            ignore_index=IGNORE_INDEX,
+            reduction="sum",
+        )
+
+    return Objective(loss, shifted_tokens, length, "trained tokens")
+
+
+def from_mean(
+    loss: Callable[[nn.Module, Any], Tensor] | None = None,
+    *,
+    weight: str | Callable[[Any], Number] = "rows",
+    size: Callable[[Any], int] = length,
+) -> Objective:
+    """Return the objective of a model that only gives a mean: mean times weight is the sum.
+
+    The weight must be what the mean is taken over, or the result is a mean of means.
+
+    Args:
+        loss: Maps model and micro-batch to the mean, a tensor of shape (); by default
+            `model(**micro).loss`.
+        weight: "rows", "tokens" (labels that are not -100), "shifted_tokens" (the same without
+            each row's first, for causal models), or a function of the micro-batch. It is called
+            on the host and again on the device: let it return a tensor, not `.item()`.
+        size: Maps one example to its cost in memory.
+
+    Raises:
+        BadInput: `weight` is none of these.
+    """
+    known = {"rows": rows, "tokens": tokens, "shifted_tokens": shifted_tokens}
+    if isinstance(weight, str) and weight not in known:
+        raise BadInput(f"weight={weight!r} is none of {', '.join(known)}, nor a function")
+    count = known[weight] if isinstance(weight, str) else weight
+    mean = loss or (lambda model, micro: model(**micro).loss)
+    unit = weight.replace("_", " ") if isinstance(weight, str) else "items"
+    return Objective(lambda model, micro: mean(model, micro) * count(micro), count, size, unit)
+
+
+def _labels(micro: Any) -> Tensor:
+    if not isinstance(micro, Mapping) or "labels" not in micro:
+        found = ", ".join(map(str, micro)) if isinstance(micro, Mapping) else type(micro).__name__
+        raise BadInput(
+            f"the micro-batch has no 'labels' to count (it has: {found})",
+            hint="add labels (-100 where nothing is trained), or pass another weight",
+        )
+    return micro["labels"]
+
+
+def _logits(outputs: Any) -> Tensor:
+    if isinstance(outputs, Tensor):
+        return outputs
+    return outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.ndim == 0)

@@ -1,0 +1,165 @@
+"""Values that pass between the layers: Budget, Micro, Step. All frozen.
+
+`size` is what an example costs in memory, `weight` what it counts in the denominator.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from gradaccum.errors import BadInput
+
+GIB = 2**30
+IGNORE_INDEX = -100  # the label that torch's cross entropy skips
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """Bound the size of one micro-batch.
+
+    A micro-batch of rows i costs `len(rows) * max(size_i)`, as padding makes it; with
+    `causal_lm()` that is its padded tokens. Where both bounds are given, both hold.
+
+    Args:
+        tokens: The largest padded size, in the unit of the objective's `size`.
+        examples: The largest number of examples (rows).
+
+    Raises:
+        BadInput: Neither bound is given, or one is not a whole number of at least 1.
+
+    Example:
+        >>> Budget(tokens=16_384)
+        Budget(tokens=16384, examples=None)
+    """
+
+    tokens: int | None = None
+    examples: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.tokens is None and self.examples is None:
+            raise BadInput(
+                "a budget needs a bound, and neither tokens nor examples is given",
+                hint="Budget(tokens=16_384) or Budget(examples=4)",
+            )
+        for name, bound in (("tokens", self.tokens), ("examples", self.examples)):
+            if bound is not None and (isinstance(bound, bool) or not isinstance(bound, int)):
+                raise BadInput(f"Budget({name}={bound!r}) is not a whole number")
+            if bound is not None and bound < 1:
+                raise BadInput(f"Budget({name}={bound}) is below 1")
+
+    def __str__(self) -> str:
+        bounds = ((self.tokens, "tokens"), (self.examples, "examples"))
+        return " and ".join(f"{bound:,} {unit}" for bound, unit in bounds if bound is not None)
+
+
+class Micro(NamedTuple):
+    """Name the examples of one micro-batch by their positions in the effective batch.
+
+    Args:
+        examples: Positions in the effective batch.
+        size: Padded size: number of examples times the largest size.
+        useful: Sum of the sizes, without padding.
+    """
+
+    examples: tuple[int, ...]
+    size: int
+    useful: int
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """Tell what one `Accumulator.backward` did.
+
+    `loss`, `terms`, `seconds` and `nonfinite` wait for the device on first use; the others are
+    known on the host. Print it for a line that says it all.
+
+    Args:
+        micros: How the effective batch was cut, in the order in which it ran.
+        weights: Weight of the whole effective batch, by term; None where the loss reports it.
+        unit: What the weight counts.
+        peak_bytes: Peak memory of the process on the model's device so far.
+        total_bytes: Memory of that device.
+        names: The terms of the loss.
+        loss_tensor: The loss, shape (), on the device; handing it on does not wait.
+    """
+
+    micros: tuple[Micro, ...]
+    weights: dict[str, float] | None
+    unit: str
+    peak_bytes: int
+    total_bytes: int
+    names: tuple[str, ...]
+    loss_tensor: Any = field(repr=False)
+    # Shape (micro-batches run, terms) on the host; complete once `_wait` has returned.
+    _losses: Any = field(repr=False)
+    _ran: tuple[int, ...] = field(repr=False)
+    _late_weight: Any = field(repr=False)
+    _wait: Callable[[], float] = field(repr=False)
+
+    @property
+    def terms(self) -> dict[str, float]:
+        """Return the loss of the effective batch, term by term."""
+        self._wait()
+        columns = zip(*self._losses.tolist(), strict=True) if len(self._ran) else ()
+        return dict.fromkeys(self.names, 0.0) | {
+            name: math.fsum(c) if all(map(math.isfinite, c)) else sum(c)
+            for name, c in zip(self.names, columns, strict=False)
+        }
+
+    @property
+    def loss(self) -> float:
+        """Return the loss of the effective batch: what one pass over all of it would report."""
+        return sum(self.terms.values())
+
+    @property
+    def weight(self) -> float | dict[str, float]:
+        """Return what the loss was divided by; by term where there are several."""
+        if self.weights is None:
+            self._wait()
+            return float(self._late_weight)
+        return next(iter(self.weights.values())) if len(self.weights) == 1 else self.weights
+
+    @property
+    def nonfinite(self) -> list[Micro]:
+        """Return the micro-batches whose loss was infinite or not a number."""
+        self._wait()
+        rows = self._losses.isfinite().all(dim=-1).tolist() if len(self._ran) else []
+        return [self.micros[i] for i, ok in zip(self._ran, rows, strict=True) if not ok]
+
+    @property
+    def seconds(self) -> float:
+        """Return the seconds from the first forward to the last backward."""
+        return self._wait()
+
+    @property
+    def num_micros(self) -> int:
+        """Return the number of micro-batches."""
+        return len(self.micros)
+
+    @property
+    def num_examples(self) -> int:
+        """Return the number of examples in the effective batch."""
+        return sum(len(micro.examples) for micro in self.micros)
+
+    @property
+    def padded(self) -> int:
+        """Return the size of all micro-batches with padding."""
+        return sum(micro.size for micro in self.micros)
+
+    @property
+    def useful(self) -> int:
+        """Return the size of all examples without padding."""
+        return sum(micro.useful for micro in self.micros)
+
+    def __str__(self) -> str:
+        weight = self.weight
+        total = sum(weight.values()) if isinstance(weight, dict) else weight
+        cut = f"{self.num_micros:,} micro-batch{'es' if self.num_micros != 1 else ''}"
+        parts = [f"loss {self.loss:.4f}", f"{total:,.0f} {self.unit} in {cut}"]
+        if not total:
+            parts.append(f"no {self.unit}: the gradients are zero")
+        parts += [f"not finite: examples {list(micro.examples)}" for micro in self.nonfinite]
+        if self.total_bytes:
+            parts.append(f"peak {self.peak_bytes / GIB:.1f} of {self.total_bytes / GIB:.1f} GiB")
+        return " | ".join(parts)

@@ -1,0 +1,130 @@
+"""Slicing, trimming and collating: what is cut, and above all what is left alone."""
+
+from collections import namedtuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from gradaccum.batch import Collated, Listed, as_batch, map_tensors, pad_collate, to_device
+from gradaccum.errors import BadInput
+from tests.models import collated, examples
+
+
+def shapes(tree):
+    return map_tensors(tree, lambda leaf: tuple(leaf.shape))
+
+
+def test_right_padding_is_trimmed_to_the_rows_taken():
+    batch = Collated(collated(examples([3, 8, 5]), extra=4))
+    assert set(shapes(batch.take([0, 2])).values()) == {(2, 5)}
+    assert batch.take([2])["input_ids"].shape == (1, 5)
+    assert [len(example["input_ids"]) for example in batch] == [3, 8, 5]
+
+
+def test_left_padding_is_trimmed_only_where_positions_are_given():
+    left = collated(examples([3, 8, 5]), side="left", extra=4)
+    assert Collated(left).take([0, 2])["input_ids"].shape == (2, 5)
+    left["labels"][2, 7] = 1  # the first token of row 2, predicted from the column before it
+    assert Collated(left).take([0, 2])["input_ids"].shape == (2, 6)
+    del left["position_ids"]  # trimming would move every token to another position
+    assert Collated(left).take([0, 2])["input_ids"].shape == (2, 12)
+
+
+def test_labels_alone_do_not_tell_padding_from_context():
+    batch = collated(examples([3, 8, 5]), extra=4)
+    del batch["attention_mask"]
+    assert Collated(batch).take([0])["input_ids"].shape == (1, 12)
+
+
+def test_labels_keep_what_the_attention_mask_would_cut():
+    batch = collated(examples([3, 8]), extra=2)
+    batch["labels"][0, 6] = 1
+    assert Collated(batch).take([0])["labels"].shape == (1, 7)
+
+
+def test_decoder_labels_are_trimmed_by_themselves():
+    batch = {
+        "input_ids": torch.ones(2, 9, dtype=torch.long),
+        "attention_mask": torch.tensor([[1] * 4 + [0] * 5, [1] * 9]),
+        "labels": torch.tensor([[1, 2, -100, -100, -100], [1, 2, 3, -100, -100]]),
+    }
+    assert shapes(Collated(batch).take([0])) == {
+        "input_ids": (1, 4),
+        "attention_mask": (1, 4),
+        "labels": (1, 2),
+    }
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [{"mask_4d": torch.ones(2, 1, 8, 8)}, {"table": torch.ones(5, 8)}, {"hidden": torch.ones(2, 3, 8)}],
+)
+def test_a_width_that_stands_elsewhere_too_is_not_trimmed(extra):
+    batch = collated(examples([3, 8])) | extra
+    taken = Collated(batch).take([0])
+    assert taken["input_ids"].shape == (1, 8)
+    name = next(iter(extra))
+    assert taken[name].shape[-1] == 8
+
+
+def test_embeddings_and_shared_positions_are_trimmed_along():
+    batch = collated(examples([3, 8]))
+    batch["inputs_embeds"] = torch.randn(2, 8, 5)
+    batch["position_ids"] = torch.arange(8)[None]
+    taken = Collated(batch).take([0])
+    assert taken["inputs_embeds"].shape == (1, 3, 5)
+    assert taken["position_ids"].tolist() == [[0, 1, 2]]
+
+
+def test_nested_batches_keep_their_types():
+    Pair = namedtuple("Pair", "x y")
+    batch = Collated({"pair": Pair(torch.arange(4), torch.ones(4, 2)), "ids": [7, 8, 9, 10]})
+    taken = batch.take([3, 1])
+    assert isinstance(taken["pair"], Pair) and taken["pair"].x.tolist() == [3, 1]
+    assert taken["ids"] == [10, 8]
+    assert to_device(taken, torch.device("cpu"))["ids"] == [10, 8]
+
+
+@pytest.mark.parametrize(
+    ("batch", "kind", "length"),
+    [
+        ([{"x": 1}, {"x": 2}, {"x": 3}], Listed, 3),
+        ([(1, 2), (3, 4)], Listed, 2),
+        ([torch.ones(4, 2), torch.ones(4)], Collated, 4),
+        ((torch.ones(4, 2), {"y": torch.ones(4)}), Collated, 4),
+        ([torch.tensor(1.0), torch.tensor(2.0)], Listed, 2),
+        ([torch.ones(3), torch.ones(5)], Listed, 2),
+        ({"images": [torch.ones(3, 5, 5), torch.ones(3, 4, 4)]}, Collated, 2),
+        (torch.ones(6, 2), Collated, 6),
+    ],
+)
+def test_the_form_of_a_batch_is_told_by_its_type(batch, kind, length):
+    host = as_batch(batch, None)
+    assert (type(host), len(host)) == (kind, length)
+    assert type(as_batch([torch.ones(4), torch.ones(4)], torch.stack)) is Listed
+
+
+def test_batches_without_rows_are_refused():
+    with pytest.raises(BadInput, match="no tensor with a batch dimension"):
+        as_batch({"a": 1}, None)
+    with pytest.raises(BadInput, match="no examples"):
+        as_batch([], None)
+
+
+def test_pad_collate_pads_stacks_and_lists():
+    out = pad_collate(
+        [
+            {"input_ids": [1, 2, 3], "labels": [-100, 2, 3], "image": torch.ones(3, 2, 2), "id": "a"},
+            {"input_ids": [4], "labels": [4], "image": torch.ones(3, 1, 1), "id": "b"},
+        ]
+    )
+    assert out["input_ids"].tolist() == [[1, 2, 3], [4, 0, 0]]
+    assert out["labels"].tolist() == [[-100, 2, 3], [4, -100, -100]]
+    assert out["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert [tuple(image.shape) for image in out["image"]] == [(3, 2, 2), (3, 1, 1)]
+    assert out["id"] == ["a", "b"]
+    x, y = pad_collate([(torch.ones(2), 0), (torch.zeros(2), 1)])
+    assert isinstance(x, Tensor) and x.shape == (2, 2) and y.tolist() == [0, 1]
+    with pytest.raises(BadInput, match="different keys"):
+        pad_collate([{"a": 1}, {"b": 1}])

@@ -1,0 +1,65 @@
+"""The layers: a module imports only from layers below its own, and the root needs torch alone."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import gradaccum
+
+ROOT = Path(gradaccum.__file__).parent
+LAYERS = {
+    "errors": 0,
+    "types": 1,
+    "objective": 2, "batch": 2, "device": 2,
+    "split": 3, "state": 3,
+    "engine": 4, "contract": 4,
+    "verify": 5,
+    "integrations": 6,
+    "cli": 7, "__main__": 8,
+}  # fmt: skip
+
+
+def imports(path: Path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def room(dotted: str) -> str:
+    return dotted.split(".")[1]
+
+
+def test_no_module_imports_from_its_own_layer_or_above():
+    wrong = []
+    for path in sorted(ROOT.rglob("*.py")):
+        own = path.relative_to(ROOT).with_suffix("").parts[0]
+        if own == "__init__":
+            continue
+        for name in imports(path):
+            if name.startswith("gradaccum."):
+                other = room(name)
+                if other != own and LAYERS.get(other, -1) >= LAYERS[own]:
+                    wrong.append(f"{path.relative_to(ROOT)} -> {name}")
+                if other == "__version__":
+                    continue
+                assert other in LAYERS, f"{path}: {name} is in no layer"
+    assert wrong == []
+
+
+def test_importing_the_root_needs_torch_alone():
+    code = (
+        "import sys, gradaccum; gradaccum.Accumulator; "
+        "print([m for m in ('transformers', 'trl', 'accelerate', 'datasets', 'peft') "
+        "if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_the_root_has_at_most_ten_names():
+    assert len(gradaccum.__all__) <= 10
+    assert all(getattr(gradaccum, name) is not None for name in gradaccum.__all__)
