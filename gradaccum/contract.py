@@ -1,0 +1,109 @@
+"""Measure, on a foreign loss, that it is a sum over examples divided by a count it is given.
+
+Signatures do not tell: most heads of transformers accept `num_items_in_batch` and ignore it. So a
+few forwards without gradient on two small examples decide. What is not such a sum is refused.
+Only this one reduction is recognised here; means over rows or over other counts are not yet.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradaccum.batch import HostBatch
+from gradaccum.errors import NotDecomposable
+from gradaccum.objective import Number, shifted_tokens, tokens
+
+Counter = Callable[[Any], Number]
+# Maps collated inputs and the count to divide by (None: the loss's own) to the loss, shape ().
+CountedLoss = Callable[[Any, float | None], Tensor]
+
+COUNTERS: tuple[Counter, ...] = (shifted_tokens, tokens)
+# Isolates what is not divided: with a count of 1, token losses of hundreds drown a router loss.
+HUGE = 1e30
+
+
+def consistent_counters(
+    loss: CountedLoss,
+    batch: HostBatch,
+    *,
+    tolerance: float,
+    name: str,
+    counters: tuple[Counter, ...] = COUNTERS,
+) -> tuple[Counter, ...]:
+    """Return the counters that the loss divides by when it is given no count.
+
+    With S(x) = loss(x, 1) the loss has to satisfy, on two examples a and b with weight:
+
+        loss(x, huge) = 0            everything in it is divided by the count
+        S(ab) = S(a) + S(b)          rows do not depend on each other
+        loss(ab, None) = S(ab) / D   D is one of the counters
+
+    Several counters are returned where they agree on these examples: the caller has to measure
+    again on a batch on which they differ.
+
+    Args:
+        loss: Runs without dropout, and twice the same on the same inputs.
+        batch: Where the examples are taken from, the smallest ones with a weight.
+        tolerance: Relative rounding difference between a row alone and the same row in a batch.
+        name: What the loss is called in messages.
+        counters: Which to try. One alone is taken as it is: then `loss(ab, None)` is not asked.
+
+    Raises:
+        NotDecomposable: One of the three does not hold; it says which, with the figures.
+    """
+    pair = _pick(batch, counters)
+    if not pair:
+        return counters  # nothing to train, so nothing to measure: every counter gives zero
+    both = batch.take(pair)
+    with torch.no_grad():
+        total = loss(both, 1).item()
+        undivided = loss(both, HUGE).item()
+        own = loss(both, None if len(counters) > 1 else float(counters[0](both))).item()
+        apart = [loss(batch.take([i]), 1).item() for i in pair]
+    if abs(undivided) > 1e-6 * abs(own):
+        ignored = abs(undivided - own) <= 1e-6 * abs(own)
+        what = (
+            "ignores num_items_in_batch and divides by a count of its own"
+            if ignored
+            else f"adds a term of {undivided:.3g} that num_items_in_batch does not divide "
+            "(a router or another auxiliary loss)"
+        )
+        raise NotDecomposable(
+            f"{name} {what}, so its micro-batches do not add up to the full batch",
+            hint="set gradient_accumulation_steps=1 and train without gradaccum.attach, or use "
+            "gradaccum.Accumulator with gradaccum.from_mean and the right weight",
+        )
+    if len(pair) > 1 and abs(total - sum(apart)) > tolerance * abs(total):
+        raise NotDecomposable(
+            f"{name} gives {total:.6g} for two examples together and {sum(apart):.6g} one by one: "
+            "its rows depend on each other (in-batch negatives, batch statistics, or padding that "
+            "the attention mask does not hide)"
+        )
+    counts = {counter: float(counter(both)) for counter in counters}
+    agree = tuple(c for c, count in counts.items() if abs(total / count - own) <= 1e-4 * abs(own))
+    if not agree:
+        found = " or ".join(f"{count:.0f}" for count in counts.values())
+        raise NotDecomposable(
+            f"{name} divides by {total / own:.6g}, and the examples have {found} trained tokens"
+        )
+    return agree
+
+
+def differ(counters: tuple[Counter, ...], inputs: Any) -> bool:
+    """Tell whether the counters give different counts on collated inputs."""
+    return len({float(counter(inputs)) for counter in counters}) > 1
+
+
+def _pick(batch: HostBatch, counters: tuple[Counter, ...], most: int = 64) -> list[int]:
+    """Choose two examples with a weight, small, one of them such that the counters differ."""
+    weighted = []
+    for i in range(min(len(batch), most)):
+        inputs = batch.take([i])
+        if all(float(counter(inputs)) > 0 for counter in counters):
+            size = sum(leaf.numel() for leaf in inputs.values() if isinstance(leaf, Tensor))
+            weighted.append((not differ(counters, inputs), size, i))
+    first = min(weighted, default=None)
+    second = min((size, i) for _, size, i in weighted if i != first[2]) if len(weighted) > 1 else None
+    return [part[-1] for part in (first, second) if part is not None]

@@ -1,0 +1,317 @@
+"""Attach exact accumulation to a transformers Trainer, whatever its class.
+
+Tested with transformers 5.17 to 5.23. One batch of the trainer's loader becomes one step: the
+loader hands over the examples of the whole effective batch, `gradient_accumulation_steps` is 1,
+and `training_step` cuts them and runs the trainer's own `compute_loss` on each micro-batch. So the
+schedule, resume, the last partial batch and logging are right because there is nothing to repair.
+
+Not here: more than one process; losses that are no sum divided by `num_items_in_batch`. Both are
+refused. What TRL needs besides is in `trl.py`.
+"""
+
+import copy
+import importlib
+import itertools
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainingArguments
+from transformers.training_args import OptimizerNames
+
+from gradaccum import contract, verify
+from gradaccum.batch import HostBatch, as_batch
+from gradaccum.engine import Accumulator, Window
+from gradaccum.errors import BadInput, NotDecomposable
+from gradaccum.objective import Objective, length
+from gradaccum.state import undisturbed
+from gradaccum.types import Budget, Micro, Step
+
+T = TypeVar("T", bound=Trainer)
+
+
+class Examples:
+    """Carry the examples of an effective batch through the loader, on the host as they are.
+
+    accelerate moves lists, dicts and tensors to the device as soon as they leave the loader. It
+    passes this by, so that device memory does not grow with the effective batch.
+    """
+
+    def __init__(self, examples: list[Any]) -> None:
+        self.examples = examples
+
+
+class Accumulation:
+    """Hold what an attached trainer accumulates with: `trainer.accumulation`.
+
+    Args:
+        effective_batch_size: Examples in one step.
+        budget: Fixed budget; None: as many tokens as `rows` of the longest example of the batch.
+        rows: Rows that fit into memory at once, by the trainer's own arguments.
+    """
+
+    def __init__(self, effective_batch_size: int, budget: Budget | None, rows: int) -> None:
+        self.effective_batch_size = effective_batch_size
+        self.budget = budget
+        self.rows = rows
+        self.last: Step | None = None
+        self.window: Window | None = None
+        self.counters: tuple[contract.Counter, ...] | None = None
+        self.accumulator: Accumulator | None = None
+
+    def budget_for(self, batch: HostBatch) -> Budget:
+        """Return the budget; by default what `rows` of the longest example take with padding.
+
+        That is the most that a stock micro-batch of `rows` would take with this batch, so nothing
+        needs more memory than the trainer's own arguments already ask for.
+        """
+        return self.budget or Budget(tokens=max(1, self.rows * max(map(length, batch))))
+
+
+class Attached(Trainer):
+    """Override the documented hooks of Trainer; mixed in before the trainer's own class."""
+
+    accumulation: Accumulation
+
+    def get_train_dataloader(self) -> DataLoader:
+        config = self.accelerator.dataloader_config
+        # One process reads for itself; accelerate's dispatcher would try to concatenate examples.
+        with _replaced(self, "data_collator", Examples), _replaced(config, "dispatch_batches", False):
+            loader = super().get_train_dataloader()
+        size = getattr(loader, "batch_size", None)
+        if size is not None and size != self.accumulation.effective_batch_size:
+            raise BadInput(
+                f"{type(self).__name__}.get_train_dataloader makes batches of {size} where a step "
+                f"takes {self.accumulation.effective_batch_size} examples",
+                hint="let it use batch_size=self.args.train_batch_size",
+            )
+        return loader
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], None]:
+        # Nothing is collated here, so that on resume collators draw after the random state is
+        # restored; and there is nothing to count before it is.
+        return list(itertools.islice(epoch_iterator, num_batches)), None
+
+    def training_step(
+        self, model: nn.Module, inputs: Any, num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        if not isinstance(inputs, Examples):
+            raise BadInput(
+                f"the train dataloader of {type(self).__name__} yields {type(inputs).__name__}, "
+                "already collated, where gradaccum has to cut the examples first",
+                hint="let it use collate_fn=self.data_collator",
+            )
+        model.train()
+        if callable(getattr(self.optimizer, "train", None)):  # schedule-free optimizers
+            self.optimizer.train()
+        accumulation = self.accumulation
+        batch = as_batch(inputs.examples, self.data_collator)
+        if accumulation.counters is None:
+            accumulation.counters = self._measure(model, batch)
+        accumulator = self._accumulator(model)
+        accumulator.budget = accumulation.budget_for(batch)
+        window = accumulator.prepare(batch)
+        if any(contract.differ(accumulation.counters, part) for part in window.inputs):
+            accumulation.counters = self._measure(model, batch)
+            window = accumulator.prepare(batch)
+        accumulation.window = window
+        accumulation.last = accumulator.backward(window)
+        return accumulation.last.loss_tensor.to(self.args.device)
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        window = self.accumulation.window
+        if not isinstance(inputs, Examples) or window is None:
+            return super().floating_point_ops(inputs)
+        return sum(super(Attached, self).floating_point_ops(part) for part in window.inputs)
+
+    def _track_num_input_tokens(self, inputs: Any) -> None:
+        assert self.accumulation.window is not None, "tokens are tracked after the step"
+        for part in self.accumulation.window.inputs:
+            super()._track_num_input_tokens(part)
+
+    def proof(self, examples: list[Any]) -> tuple[float, Step]:
+        """Compare the accumulated gradient of these examples with that of one pass over them.
+
+        Returns:
+            The relative difference of the two gradients, and how the accumulated one was cut.
+        """
+        model = self.model_wrapped
+        batch = as_batch(examples, self.data_collator)
+        accumulator, steps = self._accumulator(model), []
+        with self._aside(model):
+
+            def run(budget: Budget) -> None:
+                accumulator.budget = budget
+                steps.append(accumulator.backward(batch))
+
+            error = verify.gradient_difference(
+                model,
+                lambda: run(self.accumulation.budget_for(batch)),
+                lambda: run(Budget(examples=len(batch))),
+            )
+        return error, steps[0]
+
+    def _accumulator(self, model: nn.Module) -> Accumulator:
+        """Return the accumulator of this model; a second `train()` may bring another one."""
+        current = self.accumulation.accumulator
+        if current is None or current.model is not model:
+            one = torch.ones((), dtype=torch.long, device=self.args.device)
+            objective = Objective(
+                loss=lambda model, inputs: self._loss(model, inputs, one),
+                weight=self._weight,
+                size=length,
+                unit="trained tokens",
+            )
+            current = Accumulator(
+                model,
+                objective,
+                budget=Budget(examples=self.accumulation.rows),
+                collate=self.data_collator,
+                backward=self.accelerator.backward,
+                after_micro=self._after_micro,
+            )
+            self.accumulation.accumulator = current
+        return current
+
+    def _loss(self, model: nn.Module, inputs: Any, count: Tensor | None) -> Tensor:
+        inputs = self._prepare_inputs(inputs)
+        with self.compute_loss_context_manager():
+            return self.compute_loss(model, inputs, num_items_in_batch=count)
+
+    def _weight(self, inputs: Mapping[str, Any]) -> Any:
+        counters = self.accumulation.counters
+        assert counters is not None, "the count is measured before the first step"
+        return counters[0](inputs)
+
+    def _after_micro(self, micro: Micro) -> None:
+        window = self.accumulation.window
+        if self.is_in_train and window is not None and micro is not window.micros[-1]:
+            self.control = self.callback_handler.on_substep_end(self.args, self.state, self.control)
+
+    def _measure(self, model: nn.Module, batch: HostBatch) -> tuple[contract.Counter, ...]:
+        """Find out what the loss is divided by; refuse it if it is no sum over the examples."""
+        def loss(inputs: Any, count: float | None) -> Tensor:
+            given = None if count is None else torch.tensor(count, device=self.args.device)
+            return self._loss(model, dict(inputs), given)
+
+        low = {torch.float16, torch.bfloat16}
+        is_low = self.args.bf16 or self.args.fp16 or any(p.dtype in low for p in model.parameters())
+        with self._aside(model):
+            return contract.consistent_counters(
+                loss,
+                batch,
+                tolerance=3e-2 if is_low else 1e-4,
+                name=f"the loss of {type(self.accelerator.unwrap_model(model)).__name__}",
+                # A loss function of the user's divides by what the trainer counts, by definition.
+                counters=(self._own_count,) if self.compute_loss_func else contract.COUNTERS,
+            )
+
+    def _own_count(self, inputs: Any) -> Tensor | int:
+        count = super().get_batch_samples(iter([inputs]), 1, torch.device("cpu"))[1]
+        if count is None:
+            raise NotDecomposable("the trainer finds no labels to count for compute_loss_func")
+        return count
+
+    @contextmanager
+    def _aside(self, model: nn.Module) -> Iterator[None]:
+        """Run what does not belong to the training: without dropout, leaving no trace."""
+        modes = {module: module.training for module in model.modules()}
+        model.eval()
+        in_train, self.is_in_train = self.is_in_train, False
+        try:
+            with undisturbed(model):
+                yield
+        finally:
+            self.is_in_train = in_train
+            for module, mode in modes.items():
+                module.training = mode
+
+
+def attach(
+    trainer: T, *, effective_batch_size: int | None = None, budget: Budget | None = None
+) -> T:
+    """Make a Trainer accumulate exactly; return the same object.
+
+    Its class, callbacks, collator, logging, checkpoints and `compute_loss` stay. Its arguments are
+    copied, and the copy says what now happens: `per_device_train_batch_size` is the effective
+    batch, `gradient_accumulation_steps` is 1, and a loss that is not finite is logged as it is.
+
+    Args:
+        trainer: A `transformers.Trainer` or any subclass, TRL's `SFTTrainer` among them, that has
+            not begun to train.
+        effective_batch_size: Examples in one step; by default what the arguments mean,
+            `per_device_train_batch_size * gradient_accumulation_steps`. Any number of at least 1.
+        budget: How large a micro-batch may be; by default as many tokens as
+            `per_device_train_batch_size` rows of the longest example of each batch.
+
+    Raises:
+        BadInput: An argument is wrong, the trainer is attached already, or runs on several
+            processes or devices.
+        NotDecomposable: At the first step, when the loss turns out not to be a sum over its
+            examples divided by `num_items_in_batch`; or at once, for what is known not to be.
+
+    Example:
+        >>> trainer = gradaccum.attach(SFTTrainer(model, args=SFTConfig(...)))  # doctest: +SKIP
+    """
+    if not isinstance(trainer, Trainer):
+        raise BadInput(f"attach takes a transformers.Trainer, not {type(trainer).__name__}")
+    if isinstance(trainer, Attached):
+        raise BadInput("this trainer is attached already")
+    args = trainer.args
+    size = effective_batch_size
+    if size is None:
+        size = args.train_batch_size * args.gradient_accumulation_steps
+    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        raise BadInput(f"effective_batch_size={size!r} is not a whole number of at least 1")
+    if budget is not None and not isinstance(budget, Budget):
+        raise BadInput(
+            f"budget={budget!r} is no gradaccum.Budget", hint="budget=gradaccum.Budget(tokens=8192)"
+        )
+    _refuse_arguments(trainer, args)
+    trainer.accumulation = Accumulation(size, budget, rows=args.train_batch_size)  # type: ignore
+    trainer.args = copy.copy(args)
+    trainer.args.per_device_train_batch_size = trainer._train_batch_size = size
+    trainer.args.gradient_accumulation_steps = 1
+    trainer.args.logging_nan_inf_filter = False
+    own = type(trainer)
+    mixin = Attached
+    if any(base.__module__.startswith("trl.trainer.sft_trainer") for base in own.__mro__):
+        mixin = importlib.import_module("gradaccum.integrations.trl").AttachedSFT
+    trainer.__class__ = type(own.__name__, (mixin, own), {"__module__": own.__module__})
+    return trainer
+
+
+def _refuse_arguments(trainer: Trainer, args: TrainingArguments) -> None:
+    """Say what attach cannot do before anything has started."""
+    if args.world_size > 1 or args.n_gpu > 1:
+        count = max(args.world_size, args.n_gpu)
+        raise BadInput(
+            f"attach runs on one process and one device so far, and this trainer uses {count}",
+            hint="make one device visible with CUDA_VISIBLE_DEVICES=0",
+        )
+    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+        raise BadInput("attach does not work with DeepSpeed or FSDP so far")
+    if args.auto_find_batch_size:
+        raise BadInput(
+            "auto_find_batch_size shrinks the effective batch and starts over on changed weights",
+            hint="leave it out and pass attach(trainer, budget=...)",
+        )
+    if args.optim in (OptimizerNames.LOMO, OptimizerNames.ADALOMO):
+        raise NotDecomposable(
+            f"optim={args.optim!s} updates the weights inside backward, at every micro-batch"
+        )
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)

@@ -1,0 +1,436 @@
+"""attach against the stock trainer with one big batch: gradients, logs, schedule, resume."""
+
+import copy
+import math
+
+import pytest
+import torch
+import transformers
+from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
+from trl import SFTConfig, SFTTrainer
+
+import gradaccum
+from gradaccum.errors import BadInput, NotDecomposable
+from tests import oracle
+from tests.hf_models import Record, llama, prompts, token_rows, tokenizer
+
+COMMON = {
+    "use_cpu": True,
+    "bf16": False,
+    "report_to": [],
+    "save_strategy": "no",
+    "logging_steps": 1,
+    "disable_tqdm": True,
+    # Not Adam: it divides small gradients by their own size, and so turns a rounding difference in
+    # one step's gradient (1e-7) into one in the weights that the next step's shows (5e-6 seen).
+    "optim": "sgd",
+    "learning_rate": 0.1,
+    "num_train_epochs": 1,
+    "max_grad_norm": 0.5,
+    "seed": 3,
+}
+
+
+def build(tmp_path, kind="hf", *, attach=None, model=None, data=None, trainer=None, **kwargs):
+    """Make a trainer that records; attached where `attach` holds the arguments of attach."""
+    compute_loss_func = kwargs.pop("compute_loss_func", None)
+    settings = COMMON | {"output_dir": str(tmp_path / "out")} | kwargs
+    record = Record()
+    common = {"model": model or llama(), "callbacks": [record]}
+    common["compute_loss_func"] = compute_loss_func
+    if kind == "sft":
+        args = SFTConfig(**{"gradient_checkpointing": False, "max_length": 40} | settings)
+        data = data if data is not None else prompts()
+        made = SFTTrainer(args=args, train_dataset=data, processing_class=tokenizer(), **common)
+    else:
+        collator = DataCollatorForSeq2Seq(tokenizer(), label_pad_token_id=-100)
+        data = data if data is not None else token_rows()
+        made = (trainer or Trainer)(
+            args=TrainingArguments(**settings), train_dataset=data, data_collator=collator, **common
+        )
+    if attach is not None:
+        assert gradaccum.attach(made, **attach) is made
+    return made, record
+
+
+def logged(trainer, key):
+    return [entry[key] for entry in trainer.state.log_history if key in entry]
+
+
+def same(ours, theirs, ours_record, theirs_record):
+    """The two runs took the same steps with the same gradients, and say the same."""
+    assert len(ours_record.gradients) == len(theirs_record.gradients) > 0
+    for found, expected in zip(ours_record.gradients, theirs_record.gradients, strict=True):
+        assert oracle.error(found, expected) <= 1e-6
+        assert abs(oracle.signed_residual(found, expected)) <= 1e-6
+    for key in ("loss", "grad_norm"):
+        assert logged(ours, key) == pytest.approx(logged(theirs, key), rel=1e-6)
+    for key in ("learning_rate", "epoch"):
+        assert logged(ours, key) == logged(theirs, key)
+    for field in ("global_step", "max_steps", "epoch", "num_train_epochs"):
+        assert getattr(ours.state, field) == getattr(theirs.state, field)
+    ours_weights, theirs_weights = (dict(t.model.named_parameters()) for t in (ours, theirs))
+    assert oracle.error(ours_weights, theirs_weights) <= 1e-6
+
+
+@pytest.mark.parametrize("kind", ["hf", "sft"])
+@pytest.mark.parametrize(
+    ("total", "per_device", "steps"),
+    [(32, 2, 16), (32, 4, 8), (32, 8, 4), (64, 4, 16), (64, 8, 8)],
+)
+def test_seed_table(tmp_path, kind, total, per_device, steps):
+    """Stock arguments in, the gradient of one batch of 32 or 64 out; the last batch is partial."""
+    data = prompts(75) if kind == "sft" else token_rows(75)
+    big, expected = build(tmp_path, kind, data=data, per_device_train_batch_size=total)
+    big.train()
+    ours, found = build(
+        tmp_path,
+        kind,
+        attach={},
+        data=data,
+        per_device_train_batch_size=per_device,
+        gradient_accumulation_steps=steps,
+    )
+    ours.train()
+    assert ours.accumulation.effective_batch_size == total
+    assert ours.state.global_step == math.ceil(75 / total)
+    same(ours, big, found, expected)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("hf", {"label_smoothing_factor": 0.2}),
+        ("hf", {"train_sampling_strategy": "group_by_length"}),
+        ("hf", {"train_sampling_strategy": "sequential", "max_steps": 7, "num_train_epochs": 9}),
+        ("hf", {"dataloader_drop_last": True, "lr_scheduler_type": "cosine", "warmup_steps": 2}),
+        ("hf", {"torch_compile": False, "gradient_checkpointing": True, "num_train_epochs": 1.5}),
+        ("hf", {"weight_decay": 0.1, "adam_beta1": 0.8, "lr_scheduler_type": "constant"}),
+        ("sft", {"completion_only_loss": False}),
+        ("sft", {"loss_type": "dft"}),
+        ("sft", {"packing": True, "packing_strategy": "wrapped"}),
+        ("sft", {"max_length": 12}),
+        ("sft", {"gradient_checkpointing": True, "train_sampling_strategy": "group_by_length"}),
+    ],
+)
+def test_settings(tmp_path, kind, settings):
+    big, expected = build(tmp_path, kind, per_device_train_batch_size=16, **settings)
+    big.train()
+    ours, found = build(
+        tmp_path,
+        kind,
+        attach={"budget": gradaccum.Budget(tokens=70)},
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=8,
+        **settings,
+    )
+    ours.train()
+    assert ours.accumulation.last.num_micros > 1
+    same(ours, big, found, expected)
+
+
+def test_an_effective_batch_that_no_product_gives(tmp_path):
+    big, expected = build(tmp_path, per_device_train_batch_size=13)
+    ours, found = build(tmp_path, attach={"effective_batch_size": 13}, per_device_train_batch_size=4)
+    big.train(), ours.train()
+    same(ours, big, found, expected)
+    assert ours.get_total_train_batch_size(ours.args) == 13
+
+
+def test_batch_rebalance_is_exact_for_the_examples_it_draws(tmp_path):
+    ours, found = build(
+        tmp_path,
+        attach={},
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=4,
+        train_sampling_strategy="batch_rebalance",
+        learning_rate=0.0,
+        max_grad_norm=0.0,
+        data=(rows := token_rows(24)),
+    )
+    drawn = []
+    collate = ours.data_collator
+    ours.data_collator = lambda examples: drawn.append(examples) or collate(examples)
+    ours.train()
+    assert ours.state.global_step == 3
+    assert len(rows) == 24 and len(found.gradients) == 3
+
+
+def test_loss_function_of_the_user(tmp_path):
+    def half(outputs, labels, num_items_in_batch=None):
+        logits, labels = outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+        loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+        return 0.5 * loss / num_items_in_batch
+
+    settings = {"compute_loss_func": half, "max_grad_norm": 0.0}
+    big, expected = build(tmp_path, per_device_train_batch_size=16, **settings)
+    ours, found = build(tmp_path, attach={"effective_batch_size": 16}, **settings)
+    big.train(), ours.train()
+    same(ours, big, found, expected)
+
+
+def test_subclasses_keep_their_compute_loss(tmp_path):
+    class Doubled(Trainer):
+        calls = 0
+
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            self.calls += self.is_in_train
+            return 2 * super().compute_loss(model, inputs, False, num_items_in_batch)
+
+    settings = {"trainer": Doubled, "max_grad_norm": 0.0}
+    big, expected = build(tmp_path, per_device_train_batch_size=16, **settings)
+    ours, found = build(tmp_path, attach={"effective_batch_size": 16}, **settings)
+    assert isinstance(ours, Doubled) and type(ours).__name__ == "Doubled"
+    big.train(), ours.train()
+    same(ours, big, found, expected)
+    assert ours.calls == sum(event == "substep" for event in found.events) + 3
+
+
+def test_lora(tmp_path):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+
+    def adapted():
+        return peft.get_peft_model(llama(), config)
+
+    big, expected = build(tmp_path, "sft", model=adapted(), per_device_train_batch_size=16)
+    ours, found = build(tmp_path, "sft", model=adapted(), attach={"effective_batch_size": 16})
+    big.train(), ours.train()
+    assert all("lora" in name for name in found.gradients[0])
+    same(ours, big, found, expected)
+
+
+@pytest.mark.parametrize("side", ["train", "list"])
+def test_callbacks_fire_per_micro_batch_and_per_step(tmp_path, side):
+    budget = gradaccum.Budget(examples=3)
+    ours, record = build(tmp_path, attach={"effective_batch_size": 8, "budget": budget})
+    ours.train()
+    assert record.events == ["begin", "substep", "substep", "end"] * 5
+    assert ours.accumulation.last.num_micros == 3
+
+
+def test_eval_and_metrics_are_those_of_one_big_batch(tmp_path):
+    settings = {"eval_strategy": "epoch", "per_device_eval_batch_size": 4}
+    big, _ = build(tmp_path, "sft", per_device_train_batch_size=16, **settings | {"eval_strategy": "no"})
+    ours, _ = build(
+        tmp_path,
+        "sft",
+        attach={"effective_batch_size": 16, "budget": gradaccum.Budget(tokens=60)},
+        **settings | {"eval_strategy": "no"},
+    )
+    big.train(), ours.train()
+    for key in ("entropy", "mean_token_accuracy", "num_tokens"):
+        assert logged(ours, key) == pytest.approx(logged(big, key), rel=1e-4)
+    theirs = big.evaluate(prompts(9, seed=1))
+    mine = ours.evaluate(prompts(9, seed=1))
+    assert mine["eval_loss"] == pytest.approx(theirs["eval_loss"], rel=1e-4)
+    assert "eval_entropy" in mine
+
+
+@pytest.mark.parametrize("kind", ["hf", "sft"])
+def test_resume_in_the_middle_of_an_epoch_is_bitwise(tmp_path, kind):
+    settings = {
+        "model": None,
+        "num_train_epochs": 2,
+        "save_strategy": "steps",
+        "save_steps": 4,
+        "attach": {"effective_batch_size": 12},
+        "include_num_input_tokens_seen": "all",
+    }
+    dropout = {"attention_dropout": 0.2}
+    whole, _ = build(tmp_path, kind, **settings | {"model": llama(**dropout)})
+    whole.train()
+    assert whole.state.global_step == 8
+    resumed, _ = build(tmp_path, kind, **settings | {"model": llama(seed=9, **dropout)})
+    resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-4"))
+    for (name, found), (_, expected) in zip(
+        resumed.model.named_parameters(), whole.model.named_parameters(), strict=True
+    ):
+        assert torch.equal(found, expected), name
+    assert logged(resumed, "loss") == logged(whole, "loss")
+    assert resumed.state.num_input_tokens_seen == whole.state.num_input_tokens_seen > 0
+    assert resumed.state.total_flos == whole.state.total_flos > 0
+
+
+def test_resume_may_change_the_micro_batches(tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 2, "num_train_epochs": 2}
+    whole, _ = build(
+        tmp_path,
+        attach={},
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=4,
+        **settings,
+    )
+    whole.train()
+    resumed, _ = build(
+        tmp_path,
+        attach={},
+        per_device_train_batch_size=8,
+        gradient_accumulation_steps=1,
+        **settings,
+    )
+    resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
+    pairs = [dict(t.model.named_parameters()) for t in (resumed, whole)]
+    assert oracle.error(*pairs) <= 1e-6
+
+
+def test_stream_without_length_steps_on_its_tail(tmp_path):
+    """TRAPS 12: 22 examples in windows of 8 are steps of 8, 8 and 6, in every epoch."""
+    rows = token_rows(22)
+    settings = {"max_steps": 6, "max_grad_norm": 0.0, "learning_rate": 0.0}
+    ours, found = build(
+        tmp_path, attach={"effective_batch_size": 8}, data=rows.to_iterable_dataset(), **settings
+    )
+    weights = []
+    step = ours.training_step
+
+    def recorded(*args):
+        loss = step(*args)
+        weights.append(ours.accumulation.last.num_examples)
+        return loss
+
+    ours.training_step = recorded
+    ours.train()
+    assert weights == [8, 8, 6, 8, 8, 6]
+    for a, b in zip(found.gradients[:3], found.gradients[3:], strict=True):
+        assert oracle.error(a, b) <= 1e-6
+
+
+def test_a_window_whose_labels_are_all_masked_trains_nothing(tmp_path):
+    """TRAPS 14: 0/0 in the stock trainer."""
+    rows = token_rows(8).map(lambda row: {"labels": [-100] * len(row["labels"])})
+    ours, record = build(tmp_path, attach={"effective_batch_size": 4}, data=rows)
+    with pytest.warns(UserWarning, match="no trained tokens"):
+        ours.train()
+    assert logged(ours, "loss") == [0.0, 0.0]
+    assert all((g == 0).all() for gradients in record.gradients for g in gradients.values())
+
+
+def test_a_loss_that_is_not_finite_is_logged(tmp_path):
+    class Broken(Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            loss = super().compute_loss(model, inputs, False, num_items_in_batch)
+            return loss * math.nan if self.is_in_train and self.state.global_step == 1 else loss
+
+    ours, _ = build(tmp_path, attach={"effective_batch_size": 16}, trainer=Broken)
+    with pytest.warns(UserWarning, match="not finite: examples"):
+        ours.train()
+    losses = logged(ours, "loss")
+    assert math.isfinite(losses[0]) and math.isnan(losses[1])
+
+
+def test_the_proof_leaves_the_run_as_it_was(tmp_path):
+    ours, _ = build(tmp_path, "sft", attach={"effective_batch_size": 16})
+    ours.train()
+    before = copy.deepcopy(ours.model.state_dict())
+    rng, metrics = torch.get_rng_state(), copy.deepcopy(ours._metrics)
+    error, step = ours.proof([ours.train_dataset[i] for i in range(16)])
+    assert 0 < error < 1e-6 and step.num_micros > 1
+    assert torch.equal(rng, torch.get_rng_state()) and metrics == ours._metrics
+    assert all(torch.equal(v, before[k]) for k, v in ours.model.state_dict().items())
+    assert all(p.grad is None for p in ours.model.parameters()) and ours.model.training
+
+
+def bert(cls, **kwargs):
+    config = transformers.BertConfig(
+        vocab_size=64,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        **kwargs,
+    )
+    return getattr(transformers, cls)(config)
+
+
+def mixtral():
+    config = transformers.MixtralConfig(
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        output_router_logits=True,
+        pad_token_id=0,
+    )
+    return transformers.MixtralForCausalLM(config)
+
+
+@pytest.mark.parametrize(
+    ("model", "match"),
+    [
+        (lambda: bert("BertForMaskedLM"), "BertForMaskedLM ignores num_items_in_batch"),
+        (lambda: bert("BertForTokenClassification"), "ignores num_items_in_batch"),
+        (mixtral, "adds a term of .* that num_items_in_batch does not divide"),
+    ],
+)
+def test_what_is_not_a_counted_sum_is_refused_before_any_update(tmp_path, model, match):
+    net = model()
+    before = copy.deepcopy(net.state_dict())
+    data = token_rows(8).map(lambda row: {"labels": [max(-100, i % 2) for i in row["labels"]]})
+    ours, _ = build(tmp_path, attach={"effective_batch_size": 4}, model=net, data=data)
+    with pytest.raises(NotDecomposable, match=match):
+        ours.train()
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+
+
+def test_rows_that_depend_on_each_other_are_refused(tmp_path):
+    class Contrastive(Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            loss = super().compute_loss(model, inputs, False, num_items_in_batch)
+            return loss * len(inputs["labels"])
+
+    ours, _ = build(tmp_path, attach={"effective_batch_size": 4}, trainer=Contrastive)
+    with pytest.raises(NotDecomposable, match="rows depend on each other"):
+        ours.train()
+
+
+def test_gpt2_is_divided_by_the_tokens_it_trains(tmp_path):
+    """The stock trainer counts one label too many per row for heads without a loss type."""
+    config = transformers.GPT2Config(
+        vocab_size=64, n_embd=16, n_layer=1, n_head=2, n_positions=64, resid_pdrop=0.0,
+        embd_pdrop=0.0, attn_pdrop=0.0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    net = transformers.GPT2LMHeadModel(config)
+    rows = token_rows(8, masked=0)
+    settings = {"max_grad_norm": 0.0, "learning_rate": 0.0, "data": rows}
+    ours, found = build(tmp_path, attach={"effective_batch_size": 8}, model=net, **settings)
+    inputs = ours.data_collator([dict(row) for row in rows])
+    expected = oracle.gradients(net, {"loss": net(**inputs).loss}, {"loss": 1})
+    ours.train()
+    assert oracle.error(found.gradients[0], expected) <= 1e-6
+
+
+def test_wrong_arguments_are_refused_at_once(tmp_path):
+    trainer, _ = build(tmp_path)
+    for size in (0, -3, 2.5, "32", True):
+        with pytest.raises(BadInput, match="effective_batch_size"):
+            gradaccum.attach(trainer, effective_batch_size=size)
+    with pytest.raises(BadInput, match=r"no gradaccum.Budget"):
+        gradaccum.attach(trainer, budget=512)
+    with pytest.raises(BadInput, match="takes a transformers.Trainer"):
+        gradaccum.attach(llama())
+    assert not isinstance(trainer, gradaccum.integrations.hf.Attached)
+    given = trainer.args
+    gradaccum.attach(trainer)
+    assert given.gradient_accumulation_steps == 1 and given is not trainer.args
+    with pytest.raises(BadInput, match="attached already"):
+        gradaccum.attach(trainer)
+    shrinking, _ = build(tmp_path, auto_find_batch_size=True)
+    with pytest.raises(BadInput, match="shrinks the effective batch"):
+        gradaccum.attach(shrinking)
+
+
+def test_foreign_dataloaders_are_refused(tmp_path):
+    class Own(Trainer):
+        def get_train_dataloader(self):
+            return torch.utils.data.DataLoader(
+                self.train_dataset, batch_size=2, collate_fn=self.data_collator
+            )
+
+    ours, _ = build(tmp_path, attach={"effective_batch_size": 4}, trainer=Own)
+    with pytest.raises(BadInput, match="makes batches of 2 where a step takes 4"):
+        ours.train()
