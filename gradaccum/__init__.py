@@ -22,7 +22,16 @@ from gradaccum.types import Budget, Step
 if TYPE_CHECKING:
     from gradaccum.integrations.hf import attach
 
-__all__ = ["Accumulator", "Budget", "Objective", "Step", "attach", "causal_lm", "errors", "from_mean"]
+__all__ = [
+    "Accumulator",
+    "Budget",
+    "Objective",
+    "Step",
+    "attach",
+    "causal_lm",
+    "errors",
+    "from_mean",
+]
 __version__ = "0.1.0"
 
 

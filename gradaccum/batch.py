@@ -138,7 +138,8 @@ def pad_collate(examples: list[Any]) -> Any:
     `attention_mask`, one is added. Ragged tensors of more than one dimension stay a list.
 
     Example:
-        >>> pad_collate([{"input_ids": [5, 6], "labels": [5, 6]}, {"input_ids": [7], "labels": [7]}])
+        >>> long, short = [5, 6], [7]
+        >>> pad_collate([{"input_ids": ids, "labels": ids} for ids in (long, short)])
         {'input_ids': tensor([[5, 6],
                 [7, 0]]), 'labels': tensor([[   5,    6],
                 [   7, -100]]), 'attention_mask': tensor([[1, 1],
@@ -232,7 +233,9 @@ def _useful_columns(tree: Any, num_rows: int) -> dict[int, tuple[list[int], list
     for width in {leaf.shape[1] for _, leaf in leaves if leaf.shape[0] == num_rows}:
         group = {key: leaf for key, leaf in leaves if leaf.shape[1] == width}
         masks = [
-            leaf != 0 for key, leaf in group.items() if key.endswith("attention_mask") and leaf.ndim == 2
+            leaf != 0
+            for key, leaf in group.items()
+            if key.endswith("attention_mask") and leaf.ndim == 2
         ]
         if "labels" in group and (masks or all(k.startswith(("labels", "decoder")) for k in group)):
             masks.append(group["labels"] != IGNORE_INDEX)

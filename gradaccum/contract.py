@@ -60,7 +60,7 @@ def consistent_counters(
     with torch.no_grad():
         total = loss(both, 1).item()
         undivided = loss(both, HUGE).item()
-        own = loss(both, None if len(counters) > 1 else float(counters[0](both))).item()
+        own = loss(both, None if len(counters) > 1 else float(next(iter(counters))(both))).item()
         apart = [loss(batch.take([i]), 1).item() for i in pair]
     if abs(undivided) > 1e-6 * abs(own):
         ignored = abs(undivided - own) <= 1e-6 * abs(own)
@@ -104,6 +104,6 @@ def _pick(batch: HostBatch, counters: tuple[Counter, ...], most: int = 64) -> li
         if all(float(counter(inputs)) > 0 for counter in counters):
             size = sum(leaf.numel() for leaf in inputs.values() if isinstance(leaf, Tensor))
             weighted.append((not differ(counters, inputs), size, i))
-    first = min(weighted, default=None)
-    second = min((size, i) for _, size, i in weighted if i != first[2]) if len(weighted) > 1 else None
-    return [part[-1] for part in (first, second) if part is not None]
+    weighted.sort()
+    others = sorted((size, i) for _, size, i in weighted[1:])
+    return [part[-1] for part in weighted[:1] + others[:1]]

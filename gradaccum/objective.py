@@ -41,7 +41,7 @@ class Objective:
 
     Example:
         >>> rows = Objective(
-        ...     loss=lambda model, micro: F.mse_loss(model(micro["x"]), micro["y"], reduction="sum"),
+        ...     loss=lambda model, micro: (model(micro["x"]) - micro["y"]).square().sum(),
         ...     weight=lambda micro: micro["y"].numel(),
         ...     unit="values",
         ... )

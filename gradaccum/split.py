@@ -29,7 +29,7 @@ def split(batch: HostBatch | list[Any], objective: Objective, budget: Budget) ->
     Example:
         >>> objective = Objective(loss=None, weight=None, size=len)
         >>> [m.examples for m in split(["aa", "aaaa", "a", "aaa"], objective, Budget(tokens=6))]
-        [(1,), (3, 0), (2,)]
+        [(3, 0), (1,), (2,)]
     """
     measured = [objective.size(example) for example in batch]
     if not all(type(size) is int and size >= 0 for size in measured):
@@ -37,7 +37,9 @@ def split(batch: HostBatch | list[Any], objective: Objective, budget: Budget) ->
         raise BadInput(
             f"the size of example {bad} is {measured[bad]!r}, not a whole number of at least 0"
         )
-    ordered, order_tensor = torch.tensor(measured, dtype=torch.long).sort(descending=True, stable=True)
+    ordered, order_tensor = torch.tensor(measured, dtype=torch.long).sort(
+        descending=True, stable=True
+    )
     sizes, order = ordered.tolist(), order_tensor.tolist()
     micros: list[Micro] = []
     begin, num_examples = 0, len(order)

@@ -16,7 +16,9 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     Python's own generator is covered too, since collators draw from it. NumPy's is not: nothing
     in torch or transformers draws from its global generator while training.
     """
-    devices = list(range(torch.accelerator.device_count())) if torch.accelerator.is_available() else []
+    devices = (
+        list(range(torch.accelerator.device_count())) if torch.accelerator.is_available() else []
+    )
     kind = torch.accelerator.current_accelerator() if devices else None
     buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
     python = random.getstate()

@@ -163,3 +163,27 @@ class Step:
         if self.total_bytes:
             parts.append(f"peak {self.peak_bytes / GIB:.1f} of {self.total_bytes / GIB:.1f} GiB")
         return " | ".join(parts)
+
+
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """Tell how far an accumulated gradient is from that of one pass over the same examples.
+
+    Args:
+        relative_error: ||g - g_full|| / ||g_full||.
+        floor: The same for two full passes, rows in opposite order: what rounding alone causes.
+        num_examples: Examples compared.
+        num_micros: Micro-batches into which they were cut.
+    """
+
+    relative_error: float
+    floor: float
+    num_examples: int
+    num_micros: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.num_examples} examples, {self.num_micros} micro-batches accumulated against "
+            f"one full batch: relative gradient error {self.relative_error:.1e} "
+            f"(rounding alone: {self.floor:.1e})"
+        )

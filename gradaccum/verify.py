@@ -2,7 +2,8 @@
 
 from collections.abc import Callable
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from gradaccum.state import undisturbed
 
@@ -13,8 +14,7 @@ def gradient_difference(
     """Return ||g - g_ref|| / ||g_ref|| over all parameters, computed in float64.
 
     Both leave gradients in `.grad`, starting from none; the model, its buffers and the random
-    state are as before afterwards, and the gradients are cleared. A parameter to which only one
-    of them gives a gradient counts with its whole norm.
+    state are as before afterwards, and the gradients are cleared. No gradient counts as zero.
 
     Args:
         model: Whose gradients are compared; in a mode without dropout.
@@ -24,19 +24,18 @@ def gradient_difference(
     found, expected = _gradients(model, run), _gradients(model, reference)
     difference = norm = 0.0
     for g, g_ref in zip(found, expected, strict=True):
-        if g_ref is not None:
-            norm += g_ref.square().sum().item()
-        if g is not None or g_ref is not None:
-            both = g if g_ref is None else -g_ref if g is None else g - g_ref
-            difference += both.square().sum().item()
+        difference += (g - g_ref).square().sum().item()
+        norm += g_ref.square().sum().item()
     return (difference / norm) ** 0.5 if norm else float(difference > 0)
 
 
-def _gradients(model: nn.Module, run: Callable[[], object]) -> list:
+def _gradients(model: nn.Module, run: Callable[[], object]) -> list[Tensor]:
     parameters = [p for p in model.parameters() if p.requires_grad]
     with undisturbed(model):
         run()
-    gradients = [None if p.grad is None else p.grad.cpu().double() for p in parameters]
+    gradients = [
+        (torch.zeros_like(p) if p.grad is None else p.grad).cpu().double() for p in parameters
+    ]
     for p in parameters:
         p.grad = None
     return gradients

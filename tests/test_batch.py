@@ -58,7 +58,11 @@ def test_decoder_labels_are_trimmed_by_themselves():
 
 @pytest.mark.parametrize(
     "extra",
-    [{"mask_4d": torch.ones(2, 1, 8, 8)}, {"table": torch.ones(5, 8)}, {"hidden": torch.ones(2, 3, 8)}],
+    [
+        {"mask_4d": torch.ones(2, 1, 8, 8)},
+        {"table": torch.ones(5, 8)},
+        {"hidden": torch.ones(2, 3, 8)},
+    ],
 )
 def test_a_width_that_stands_elsewhere_too_is_not_trimmed(extra):
     batch = collated(examples([3, 8])) | extra
@@ -115,7 +119,12 @@ def test_batches_without_rows_are_refused():
 def test_pad_collate_pads_stacks_and_lists():
     out = pad_collate(
         [
-            {"input_ids": [1, 2, 3], "labels": [-100, 2, 3], "image": torch.ones(3, 2, 2), "id": "a"},
+            {
+                "input_ids": [1, 2, 3],
+                "labels": [-100, 2, 3],
+                "image": torch.ones(3, 2, 2),
+                "id": "a",
+            },
             {"input_ids": [4], "labels": [4], "image": torch.ones(3, 1, 1), "id": "b"},
         ]
     )

@@ -34,7 +34,9 @@ def truth(net, batch):
 budgets = st.one_of(
     st.integers(1, 60).map(lambda n: Budget(tokens=n)),
     st.integers(1, 12).map(lambda n: Budget(examples=n)),
-    st.tuples(st.integers(1, 60), st.integers(1, 5)).map(lambda b: Budget(tokens=b[0], examples=b[1])),
+    st.tuples(st.integers(1, 60), st.integers(1, 5)).map(
+        lambda b: Budget(tokens=b[0], examples=b[1])
+    ),
 )
 
 
@@ -250,7 +252,9 @@ def test_compiled_models_give_the_same_gradient():
     net, batch = model(), collated(examples([5, 9, 3, 12]))
     expected = truth(net, batch)
     compiled = torch.compile(net, backend="aot_eager", dynamic=True)
-    gradaccum.Accumulator(compiled, gradaccum.causal_lm(), budget=Budget(examples=2)).backward(batch)
+    gradaccum.Accumulator(compiled, gradaccum.causal_lm(), budget=Budget(examples=2)).backward(
+        batch
+    )
     assert oracle.error(oracle.left_in(net), expected) <= 1e-12
 
 
@@ -284,7 +288,10 @@ def test_a_window_without_weight_leaves_zeros_and_says_so():
 
 
 def test_a_loss_that_is_not_finite_is_named():
-    net, batch = nn.Linear(2, 1), {"x": torch.ones(4, 2), "y": torch.tensor([0.0, 0, float("inf"), 0])}
+    net, batch = (
+        nn.Linear(2, 1),
+        {"x": torch.ones(4, 2), "y": torch.tensor([0.0, 0, float("inf"), 0])},
+    )
     objective = gradaccum.Objective(
         lambda net, m: (net(m["x"])[:, 0] - m["y"]).square().sum(), lambda m: len(m["y"])
     )
@@ -332,9 +339,7 @@ def test_a_failed_window_leaves_no_gradient_and_no_changed_dtype(fail_at):
 def test_batch_norm_is_refused_by_name_unless_the_batch_is_whole():
     net = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3)).double()
     batch = {"x": torch.randn(6, 2, dtype=torch.float64)}
-    objective = gradaccum.Objective(
-        lambda net, m: net(m["x"]).pow(3).sum(), lambda m: len(m["x"])
-    )
+    objective = gradaccum.Objective(lambda net, m: net(m["x"]).pow(3).sum(), lambda m: len(m["x"]))
     with pytest.raises(NotDecomposable, match=r"BatchNorm in training mode \(1\)"):
         accumulated(net, batch, Budget(examples=2), objective)
     accumulated(net, batch, Budget(examples=6), objective)

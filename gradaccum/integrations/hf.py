@@ -28,9 +28,13 @@ from gradaccum.engine import Accumulator, Window
 from gradaccum.errors import BadInput, NotDecomposable
 from gradaccum.objective import Objective, length
 from gradaccum.state import undisturbed
-from gradaccum.types import Budget, Micro, Step
+from gradaccum.types import Budget, Micro, Proof, Step
 
 T = TypeVar("T", bound=Trainer)
+
+# A CPU runs micro-batches of 512 tokens as fast as larger ones (benchmarks/results/attach.json),
+# so more rows at once would only pad and take memory. An accelerator has no such small knee.
+CPU_TOKENS = 512
 
 
 class Examples:
@@ -49,14 +53,18 @@ class Accumulation:
 
     Args:
         effective_batch_size: Examples in one step.
-        budget: Fixed budget; None: as many tokens as `rows` of the longest example of the batch.
+        budget: Fixed budget; None: follow `rows`, see `budget_for`.
         rows: Rows that fit into memory at once, by the trainer's own arguments.
+        device: Where the trainer runs.
     """
 
-    def __init__(self, effective_batch_size: int, budget: Budget | None, rows: int) -> None:
+    def __init__(
+        self, effective_batch_size: int, budget: Budget | None, rows: int, device: torch.device
+    ) -> None:
         self.effective_batch_size = effective_batch_size
         self.budget = budget
         self.rows = rows
+        self.device = device
         self.last: Step | None = None
         self.window: Window | None = None
         self.counters: tuple[contract.Counter, ...] | None = None
@@ -66,9 +74,13 @@ class Accumulation:
         """Return the budget; by default what `rows` of the longest example take with padding.
 
         That is the most that a stock micro-batch of `rows` would take with this batch, so nothing
-        needs more memory than the trainer's own arguments already ask for.
+        needs more memory than the trainer's own arguments already ask for. On the CPU it is at
+        most 512 tokens, since more at once is not faster there.
         """
-        return self.budget or Budget(tokens=max(1, self.rows * max(map(length, batch))))
+        if self.budget is not None:
+            return self.budget
+        tokens = self.rows * max(1, *map(length, batch))
+        return Budget(tokens=min(tokens, CPU_TOKENS) if self.device.type == "cpu" else tokens)
 
 
 class Attached(Trainer):
@@ -79,7 +91,10 @@ class Attached(Trainer):
     def get_train_dataloader(self) -> DataLoader:
         config = self.accelerator.dataloader_config
         # One process reads for itself; accelerate's dispatcher would try to concatenate examples.
-        with _replaced(self, "data_collator", Examples), _replaced(config, "dispatch_batches", False):
+        with (
+            _replaced(self, "data_collator", Examples),
+            _replaced(config, "dispatch_batches", False),
+        ):
             loader = super().get_train_dataloader()
         size = getattr(loader, "batch_size", None)
         if size is not None and size != self.accumulation.effective_batch_size:
@@ -107,8 +122,9 @@ class Attached(Trainer):
                 hint="let it use collate_fn=self.data_collator",
             )
         model.train()
-        if callable(getattr(self.optimizer, "train", None)):  # schedule-free optimizers
-            self.optimizer.train()
+        switch = getattr(self.optimizer, "train", None)  # of schedule-free optimizers
+        if callable(switch):
+            switch()
         accumulation = self.accumulation
         batch = as_batch(inputs.examples, self.data_collator)
         if accumulation.counters is None:
@@ -125,8 +141,7 @@ class Attached(Trainer):
 
     def floating_point_ops(self, inputs: Any) -> int:
         window = self.accumulation.window
-        if not isinstance(inputs, Examples) or window is None:
-            return super().floating_point_ops(inputs)
+        assert window is not None, "operations are counted after the step"
         return sum(super(Attached, self).floating_point_ops(part) for part in window.inputs)
 
     def _track_num_input_tokens(self, inputs: Any) -> None:
@@ -134,27 +149,29 @@ class Attached(Trainer):
         for part in self.accumulation.window.inputs:
             super()._track_num_input_tokens(part)
 
-    def proof(self, examples: list[Any]) -> tuple[float, Step]:
+    def proof(self, examples: list[Any]) -> Proof:
         """Compare the accumulated gradient of these examples with that of one pass over them.
 
-        Returns:
-            The relative difference of the two gradients, and how the accumulated one was cut.
+        Dropout is off; the model, the random state and the metrics are as before afterwards.
         """
         model = self.model_wrapped
-        batch = as_batch(examples, self.data_collator)
-        accumulator, steps = self._accumulator(model), []
+        assert isinstance(model, nn.Module), "a trainer has a model"
+        accumulator = self._accumulator(model)
+        whole = Budget(examples=len(examples))
+        cut = self.accumulation.budget_for(as_batch(examples, self.data_collator))
+
+        def run(batch: list[Any], budget: Budget) -> Step:
+            accumulator.budget = budget
+            return accumulator.backward(batch)
+
         with self._aside(model):
-
-            def run(budget: Budget) -> None:
-                accumulator.budget = budget
-                steps.append(accumulator.backward(batch))
-
-            error = verify.gradient_difference(
-                model,
-                lambda: run(self.accumulation.budget_for(batch)),
-                lambda: run(Budget(examples=len(batch))),
+            num_micros = run(examples, cut).num_micros
+            model.zero_grad()
+            error, floor = (
+                verify.gradient_difference(model, first, lambda: run(examples, whole))
+                for first in (lambda: run(examples, cut), lambda: run(examples[::-1], whole))
             )
-        return error, steps[0]
+        return Proof(error, floor, len(examples), num_micros)
 
     def _accumulator(self, model: nn.Module) -> Accumulator:
         """Return the accumulator of this model; a second `train()` may bring another one."""
@@ -181,7 +198,9 @@ class Attached(Trainer):
     def _loss(self, model: nn.Module, inputs: Any, count: Tensor | None) -> Tensor:
         inputs = self._prepare_inputs(inputs)
         with self.compute_loss_context_manager():
-            return self.compute_loss(model, inputs, num_items_in_batch=count)
+            loss = self.compute_loss(model, inputs, num_items_in_batch=count)
+        assert isinstance(loss, Tensor), "without return_outputs it is the loss alone"
+        return loss
 
     def _weight(self, inputs: Mapping[str, Any]) -> Any:
         counters = self.accumulation.counters
@@ -195,6 +214,7 @@ class Attached(Trainer):
 
     def _measure(self, model: nn.Module, batch: HostBatch) -> tuple[contract.Counter, ...]:
         """Find out what the loss is divided by; refuse it if it is no sum over the examples."""
+
         def loss(inputs: Any, count: float | None) -> Tensor:
             given = None if count is None else torch.tensor(count, device=self.args.device)
             return self._loss(model, dict(inputs), given)
@@ -221,7 +241,8 @@ class Attached(Trainer):
     def _aside(self, model: nn.Module) -> Iterator[None]:
         """Run what does not belong to the training: without dropout, leaving no trace."""
         modes = {module: module.training for module in model.modules()}
-        model.eval()
+        for module, mode in modes.items():
+            module.training = mode and _repacks_in_eval(module)
         in_train, self.is_in_train = self.is_in_train, False
         try:
             with undisturbed(model):
@@ -247,7 +268,8 @@ def attach(
         effective_batch_size: Examples in one step; by default what the arguments mean,
             `per_device_train_batch_size * gradient_accumulation_steps`. Any number of at least 1.
         budget: How large a micro-batch may be; by default as many tokens as
-            `per_device_train_batch_size` rows of the longest example of each batch.
+            `per_device_train_batch_size` rows of the longest example of each batch, on the CPU
+            at most 512.
 
     Raises:
         BadInput: An argument is wrong, the trainer is attached already, or runs on several
@@ -273,7 +295,8 @@ def attach(
             f"budget={budget!r} is no gradaccum.Budget", hint="budget=gradaccum.Budget(tokens=8192)"
         )
     _refuse_arguments(trainer, args)
-    trainer.accumulation = Accumulation(size, budget, rows=args.train_batch_size)  # type: ignore
+    accumulation = Accumulation(size, budget, args.train_batch_size, args.device)
+    trainer.accumulation = accumulation  # pyright: ignore[reportAttributeAccessIssue]
     trainer.args = copy.copy(args)
     trainer.args.per_device_train_batch_size = trainer._train_batch_size = size
     trainer.args.gradient_accumulation_steps = 1
@@ -305,6 +328,15 @@ def _refuse_arguments(trainer: Trainer, args: TrainingArguments) -> None:
         raise NotDecomposable(
             f"optim={args.optim!s} updates the weights inside backward, at every micro-batch"
         )
+
+
+def _repacks_in_eval(module: nn.Module) -> bool:
+    """Tell whether a module is changed for good by a forward in eval mode.
+
+    bitsandbytes 0.50 packs 4-bit weights on the CPU for inference at the first such forward, and
+    from then on multiplies through a kernel without a backward, in training mode too.
+    """
+    return any(base.__module__.startswith("bitsandbytes.") for base in type(module).__mro__)
 
 
 @contextmanager

@@ -1,0 +1,160 @@
+"""The flags of `gradaccum train`: TRL's own dataclasses and parser, and four flags of ours."""
+
+import difflib
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+import torch
+import yaml
+from trl import ModelConfig, ScriptArguments, SFTConfig, TrlParser
+
+from gradaccum.errors import BadInput
+from gradaccum.types import Budget
+
+# What `gradaccum train` without a model uses instead of the defaults of TRL.
+EMBEDDED_DEFAULTS = {
+    "effective_batch_size": 32,
+    "learning_rate": 1e-3,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 3,
+    "max_steps": 25,
+    "gradient_checkpointing": False,
+}
+
+
+@dataclass
+class AccumulationArguments:
+    """The flags that are gradaccum's own."""
+
+    effective_batch_size: int | None = field(
+        default=None, metadata={"help": "Examples in one optimizer step; any number of at least 1."}
+    )
+    budget: str | None = field(
+        default=None,
+        metadata={"help": 'Largest micro-batch: "8192" (padded tokens) or "4 examples".'},
+    )
+    json: bool = field(default=False, metadata={"help": "Print the summary as JSON on stdout."})
+
+
+@dataclass(frozen=True, slots=True)
+class Arguments:
+    """All flags, checked.
+
+    Args:
+        given: Names of the flags that the user gave, on the command line or in the file.
+    """
+
+    script: ScriptArguments
+    training: SFTConfig
+    model: ModelConfig
+    effective_batch_size: int
+    budget: Budget | None
+    json: bool
+    given: frozenset[str]
+
+
+class _Parser(TrlParser):
+    """Report a wrong flag as BadInput instead of printing 300 flags."""
+
+    def error(self, message: str) -> NoReturn:
+        raise BadInput(message, hint="gradaccum train --help")
+
+
+def parse(words: list[str]) -> Arguments | None:
+    """Return the checked flags; None where all of them were asked for and printed.
+
+    Raises:
+        BadInput: A flag is unknown, has no or a wrong value, or contradicts another.
+    """
+    dataclasses: Any = [ScriptArguments, SFTConfig, ModelConfig, AccumulationArguments]
+    parser = _Parser(
+        dataclasses,
+        prog="gradaccum train",
+        allow_abbrev=False,
+        add_help=False,
+    )
+    flags = {option for action in parser._actions for option in action.option_strings}
+    if "--help-all" in words:
+        parser.print_help(sys.stdout)
+        return None
+    given = _given(words)
+    parser.set_defaults(model_name_or_path="embedded", dataset_name="embedded")
+    if "model_name_or_path" not in given:
+        parser.set_defaults(**EMBEDDED_DEFAULTS)
+    if "logging_steps" not in given:
+        parser.set_defaults(logging_steps=1)
+    if not torch.accelerator.is_available():
+        # TRL's defaults are for GPUs: most CPUs are slow at bf16, and there is nothing to pin for.
+        parser.set_defaults(bf16=False, dataloader_pin_memory=False)
+    try:
+        script, training, model, own, unknown = parser.parse_args_and_config(
+            words, return_remaining_strings=True
+        )
+    except ValueError as error:
+        raise error if isinstance(error, BadInput) else BadInput(str(error)) from error
+    _refuse_unknown([word for word in unknown if word.startswith("-")] or unknown, flags)
+    size = _effective_batch_size(own.effective_batch_size, training, given)
+    return Arguments(script, training, model, size, _budget(own.budget), own.json, given)
+
+
+def _given(words: list[str]) -> frozenset[str]:
+    """Return the names of the flags on the command line and in the file behind --config."""
+    names = {word[2:].split("=")[0].replace("-", "_") for word in words if word.startswith("--")}
+    if "--config" in words:
+        index = words.index("--config") + 1
+        if index == len(words):
+            raise BadInput("--config needs a file", hint="gradaccum train --config run.yaml")
+        try:
+            with open(words[index], encoding="utf-8") as file:
+                names |= set(yaml.safe_load(file))
+        except OSError as error:
+            raise BadInput(f"--config {words[index]}: {error.strerror}") from error
+        except (yaml.YAMLError, TypeError, UnicodeDecodeError) as error:
+            raise BadInput(f"--config {words[index]} holds no flags: {error}") from error
+    return frozenset(names)
+
+
+def _refuse_unknown(unknown: Iterable[str], flags: set[str]) -> None:
+    for word in unknown:
+        name = word.split("=")[0]
+        near = difflib.get_close_matches(name, sorted(flags), n=1)
+        raise BadInput(
+            f"there is no flag {name}", hint=f"did you mean {near[0]}?" if near else "--help-all"
+        )
+
+
+def _effective_batch_size(stated: int | None, training: SFTConfig, given: frozenset[str]) -> int:
+    per_device, steps = training.per_device_train_batch_size, training.gradient_accumulation_steps
+    if per_device < 1 or steps < 1:
+        raise BadInput(
+            f"--per_device_train_batch_size {per_device} and --gradient_accumulation_steps {steps} "
+            "have to be at least 1"
+        )
+    if stated is None:
+        return per_device * steps
+    if stated < 1:
+        raise BadInput(f"--effective_batch_size {stated} is below 1")
+    if "gradient_accumulation_steps" in given and stated != per_device * steps:
+        if "effective_batch_size" not in given:
+            return per_device * steps
+        raise BadInput(
+            f"--effective_batch_size {stated} contradicts {per_device} rows x {steps} steps = "
+            f"{per_device * steps}",
+            hint="leave out --gradient_accumulation_steps: it follows from the effective batch",
+        )
+    return stated
+
+
+def _budget(text: str | None) -> Budget | None:
+    """Read "8192", "8192 tokens" or "4 examples"."""
+    if text is None:
+        return None
+    number, _, unit = str(text).replace("_", "").replace(",", "").partition(" ")
+    if not number.isdigit() or unit not in ("", "tokens", "examples") or int(number) < 1:
+        raise BadInput(
+            f"--budget {text!r} is neither a number of tokens nor of examples",
+            hint='--budget 8192 or --budget "4 examples"',
+        )
+    return Budget(examples=int(number)) if unit == "examples" else Budget(tokens=int(number))

@@ -1,0 +1,56 @@
+"""The help texts: apart from the commands, so that asking for help imports nothing heavy."""
+
+USAGE = """\
+gradaccum: the batch size you want, on the memory you have, with the gradient you would have got
+
+usage: gradaccum COMMAND [flags]
+
+commands:
+  train     fine-tune a language model at a stated effective batch size; without flags it runs
+            a small embedded example in under three minutes
+
+  gradaccum train --help      what train takes
+  gradaccum --version         the version
+"""
+
+TRAIN = """\
+usage: gradaccum train [flags]
+
+Fine-tune a causal language model at a stated effective batch size. gradaccum cuts each effective
+batch into micro-batches that fit, and the gradient is that of one pass over the whole batch.
+
+  gradaccum train                                              an embedded example, under 3 minutes
+  gradaccum train --dataset_name pairs.jsonl                   the embedded model on your data
+  gradaccum train --model_name_or_path ./model --dataset_name pairs.jsonl \\
+                  --effective_batch_size 64 --max_length 2048
+  gradaccum train --config run.yaml                            the same flags from a file
+  gradaccum train --resume_from_checkpoint runs/a/checkpoint-100
+
+how large a batch:
+  --effective_batch_size N     examples in one optimizer step; any number. Default: 32 for the
+                               embedded model, else per_device_train_batch_size x
+                               gradient_accumulation_steps, as everywhere
+  --budget N | "N examples"    largest micro-batch, in padded tokens or in examples. Default: what
+                               per_device_train_batch_size rows of the longest example take, and
+                               at most 512 tokens on a CPU, where more is not faster
+
+what and where:
+  --model_name_or_path         a local directory or a hub id; "embedded" (default) is a small
+                               Llama-shaped model with random weights
+  --dataset_name               a .jsonl, .json, .csv, .parquet or .txt file, a directory or a hub
+                               id, with a column "text", or "prompt" and "completion", or
+                               "messages"; "embedded" (default) is the functions with docstrings
+                               of this Python's standard library
+  --output_dir                 must be new or empty; default gradaccum-runs/DATE-TIME
+  --resume_from_checkpoint     a checkpoint directory, or "last" for the last in --output_dir
+  --json                       print the summary as JSON
+
+often used, from TRL and transformers:
+  --learning_rate  --num_train_epochs  --max_steps  --max_length  --packing
+  --completion_only_loss  --use_peft  --lora_r  --load_in_4bit  --gradient_checkpointing
+  --save_steps  --logging_steps  --report_to tensorboard|wandb|...  --seed
+
+  gradaccum train --help-all   every flag; there are about 200
+
+Progress goes to stderr, the summary to stdout. Ctrl-C or SIGTERM saves a checkpoint and stops.
+"""

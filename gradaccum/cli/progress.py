@@ -1,0 +1,196 @@
+"""What a run says while it runs, what it writes down, and how it stops when it is told to."""
+
+import json
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from gradaccum.integrations.hf import Accumulation
+from gradaccum.types import GIB, Step
+
+
+class Progress(TrainerCallback):
+    """Show samples, tokens per second, loss, time left and peak memory on stderr.
+
+    A bar where there is a terminal, else one line a step.
+    """
+
+    def __init__(self, accumulation: Accumulation, num_samples: int | None) -> None:
+        self._accumulation = accumulation
+        self._num_samples = num_samples
+        self._samples = 0
+        self._bar: Any = None
+        self._begin = self._step_begin = 0.0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self._begin = time.perf_counter()
+        self._first_step = state.global_step
+        self._samples = state.global_step * self._accumulation.effective_batch_size
+        if sys.stderr.isatty():
+            total = self._num_samples
+            self._bar = tqdm(
+                total=total, initial=self._samples, unit=" samples", dynamic_ncols=True
+            )
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        self._step_begin = time.perf_counter()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        step = self._accumulation.last
+        assert step is not None, "a step has just run"
+        self._samples += step.num_examples
+        rate = step.useful / (time.perf_counter() - self._step_begin)
+        if self._bar is not None:
+            self._bar.set_postfix_str(
+                f"step {state.global_step}/{state.max_steps}, loss {step.loss:.4f}, "
+                f"{rate:,.0f} tokens/s, peak {step.peak_bytes / GIB:.1f} GiB",
+                refresh=False,
+            )
+            self._bar.update(step.num_examples)
+            return
+        done = state.global_step - self._first_step
+        left = (time.perf_counter() - self._begin) / done * (state.max_steps - state.global_step)
+        print(
+            f"step {state.global_step}/{state.max_steps} | {self._samples:,} samples | {step} | "
+            f"padding {1 - step.useful / max(1, step.padded):.0%} | {rate:,.0f} tokens/s | "
+            f"{_clock(left)} left",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+class Metrics(TrainerCallback):
+    """Write one JSON line a step, with what the trainer logged at that step.
+
+    A line is written when the next step begins, so that the trainer's own figures (grad_norm,
+    learning_rate, eval_loss) are in it. On resume, steps after the checkpoint are dropped.
+    """
+
+    def __init__(self, accumulation: Accumulation, path: Path) -> None:
+        self._accumulation = accumulation
+        self._path = path
+        self._line: dict[str, Any] | None = None
+        self._samples = 0
+        self.losses: list[float] = []
+        self.totals = {"samples": 0, "tokens": 0, "padded": 0, "seconds": 0.0}
+        self._step_begin = 0.0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        lines = self._path.read_text().splitlines() if self._path.exists() else []
+        kept = [line for line in lines if json.loads(line)["step"] <= state.global_step]
+        self._samples = json.loads(kept[-1])["samples"] if kept else 0
+        self._path.write_text("".join(line + "\n" for line in kept))
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        self._flush()
+        self._step_begin = time.perf_counter()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        step = self._accumulation.last
+        assert step is not None, "a step has just run"
+        seconds = time.perf_counter() - self._step_begin
+        self._samples += step.num_examples
+        self._line = {"step": state.global_step, "samples": self._samples} | _figures(step, seconds)
+        self.losses.append(step.loss)
+        for name, value in (
+            ("samples", step.num_examples),
+            ("tokens", step.useful),
+            ("padded", step.padded),
+            ("seconds", seconds),
+        ):
+            self.totals[name] += value
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        if self._line is not None and logs is not None and "train_runtime" not in logs:
+            self._line = {**logs, **self._line}
+
+    def on_save(self, *_: Any, **__: Any) -> None:
+        self._flush()
+
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        self._flush()
+
+    def _flush(self) -> None:
+        if self._line is not None:
+            with self._path.open("a") as file:
+                file.write(json.dumps(self._line) + "\n")
+        self._line = None
+
+
+class StopOnSignal(TrainerCallback):
+    """Finish the step, save a checkpoint and stop at the first SIGINT or SIGTERM.
+
+    A second signal interrupts at once, as without this.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, self._receive)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        if self.received is not None:
+            control.should_save = True
+            control.should_training_stop = True
+
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        self.restore()
+
+    def restore(self) -> None:
+        """Put back the handlers that were there before training."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+    def _receive(self, number: int, frame: Any) -> None:
+        self.received = number
+        self.restore()
+        print("\nstopping after this step, to save a checkpoint ...", file=sys.stderr, flush=True)
+
+
+def _figures(step: Step, seconds: float) -> dict[str, Any]:
+    return {
+        "loss": step.loss,
+        "weight": step.weight,
+        "num_examples": step.num_examples,
+        "num_micros": step.num_micros,
+        "padded_tokens": step.padded,
+        "useful_tokens": step.useful,
+        "seconds": round(seconds, 4),
+        "peak_bytes": step.peak_bytes,
+    }
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -1,0 +1,283 @@
+"""The command line: a run from flags to a model that loads, and every wrong input."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import gradaccum
+from gradaccum.cli import arguments, embedded
+from gradaccum.cli.main import main
+from gradaccum.types import Budget
+from tests.hf_models import llama, prompts, tokenizer
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    llama(tie_word_embeddings=False).save_pretrained(path)
+    tokenizer().save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def data_file(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    prompts(30).to_json(path)
+    return path
+
+
+def train(*words, **flags):
+    return main(["train", *words, *(f"--{name}={value}" for name, value in flags.items())])
+
+
+def run(model_dir, data_file, output, *words, **flags):
+    common = {
+        "model_name_or_path": model_dir,
+        "dataset_name": data_file,
+        "output_dir": output,
+        "max_steps": 3,
+        "effective_batch_size": 10,
+        "gradient_checkpointing": False,
+    }
+    return train(*words, **common | flags)
+
+
+def test_a_run_from_flags_to_a_model_that_loads(model_dir, data_file, tmp_path, capfd):
+    output = tmp_path / "out"
+    assert run(model_dir, data_file, output, budget="4 examples") == 0
+    shown = capfd.readouterr()
+    assert "effective batch 10 = about 3 micro-batches of up to 4 examples (--budget)" in shown.err
+    assert "step 3/3 | 30 samples | loss" in shown.err and "tokens/s" in shown.err
+    assert "relative gradient error" in shown.out and "from_pretrained" in shown.out
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    assert [line["samples"] for line in lines] == [10, 20, 30]
+    assert all(line["num_micros"] == 3 and line["grad_norm"] > 0 for line in lines)
+    AutoTokenizer.from_pretrained(output)
+    trained = AutoModelForCausalLM.from_pretrained(output)
+    before = AutoModelForCausalLM.from_pretrained(model_dir)
+    assert not torch.equal(trained.lm_head.weight, before.lm_head.weight)
+
+
+def test_json_goes_to_stdout_alone(model_dir, data_file, tmp_path, capfd):
+    assert run(model_dir, data_file, tmp_path / "out", "--json", max_steps=2) == 0
+    summary = json.loads(capfd.readouterr().out)
+    assert summary["steps"] == 2 and summary["samples"] == 20
+    assert 0 < summary["proof"]["relative_error"] < 1e-6
+
+
+def test_resume_continues_the_very_run(model_dir, data_file, tmp_path, capfd):
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    assert run(model_dir, data_file, whole, max_steps=4, lr_scheduler_type="constant") == 0
+    settings = {"max_steps": 2, "lr_scheduler_type": "constant", "save_steps": 2}
+    assert run(model_dir, data_file, halves, **settings) == 0
+    assert run(model_dir, data_file, halves, max_steps=4, lr_scheduler_type="constant") == 2
+    assert "is not empty, and nothing is overwritten" in capfd.readouterr().err
+    settings |= {"max_steps": 4, "resume_from_checkpoint": "last"}
+    assert run(model_dir, data_file, halves, **settings) == 0
+    one, other = (AutoModelForCausalLM.from_pretrained(p) for p in (whole, halves))
+    for (name, a), b in zip(one.named_parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b), name
+    assert logged(whole) == logged(halves)
+
+
+def logged(output):
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line["samples"], line["loss"]) for line in lines]
+
+
+def test_sigterm_saves_a_checkpoint_and_says_how_to_go_on(model_dir, data_file, tmp_path):
+    output = tmp_path / "out"
+    words = [
+        sys.executable, "-m", "gradaccum", "train", f"--model_name_or_path={model_dir}",
+        f"--dataset_name={data_file}", f"--output_dir={output}", "--max_steps=100000",
+        "--effective_batch_size=4",
+    ]  # fmt: skip
+    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
+    seen = []
+    for line in process.stderr:
+        seen.append(line)
+        if line.startswith("step 3/"):
+            process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 128 + signal.SIGTERM
+    text = "".join(seen)
+    assert "stopped by SIGTERM, saved" in text and "--resume_from_checkpoint" in text
+    saved = sorted(output.glob("checkpoint-*"))
+    assert len(saved) == 1 and (saved[0] / "optimizer.pt").is_file()
+
+
+@pytest.mark.parametrize("quantised", [False, True])
+def test_lora_and_qlora(model_dir, data_file, tmp_path, quantised, capfd):
+    peft = pytest.importorskip("peft")
+    flags = {"load_in_4bit": True} if quantised else {}
+    if quantised:
+        pytest.importorskip("bitsandbytes")
+    output = tmp_path / "out"
+    flags |= {"lora_target_modules": "all-linear", "lora_r": 2, "learning_rate": 1e-2}
+    assert run(model_dir, data_file, output, "--use_peft", "--json", **flags) == 0
+    proof = json.loads(capfd.readouterr().out)["proof"]
+    # TRL keeps the adapters of a quantised model in bf16, whose rounding alone is about 2e-3.
+    assert proof["floor"] < (1e-2 if quantised else 1e-6)
+    assert 0 < proof["relative_error"] < (1e-2 if quantised else 1e-6)
+    peft.AutoPeftModelForCausalLM.from_pretrained(output)
+
+
+@pytest.mark.parametrize("kind", ["json", "csv", "parquet", "txt"])
+def test_local_formats(model_dir, tmp_path, kind):
+    path = tmp_path / f"data.{kind}"
+    rows = prompts(12)
+    if kind == "txt":
+        path.write_text("\n".join(row["prompt"] + row["completion"] for row in rows))
+    else:
+        getattr(rows, f"to_{kind}")(path)
+    assert run(model_dir, path, tmp_path / "out", max_steps=1, effective_batch_size=3) == 0
+
+
+def test_a_config_file_gives_defaults_that_flags_override(model_dir, data_file, tmp_path, capfd):
+    config = tmp_path / "run.yaml"
+    config.write_text(f"model_name_or_path: {model_dir}\neffective_batch_size: 6\nmax_steps: 1\n")
+    flags = {"dataset_name": data_file, "output_dir": tmp_path / "out", "max_steps": 2}
+    assert train("--config", str(config), "--json", **flags) == 0
+    summary = json.loads(capfd.readouterr().out)
+    assert summary["effective_batch_size"] == 6 and summary["steps"] == 2
+
+
+WRONG = {
+    "a missing file": ({"dataset_name": "nowhere.jsonl"}, "there is no nowhere.jsonl"),
+    "an unknown kind of file": ({"dataset_name": "{kind}"}, "is none of .jsonl"),
+    "a malformed file": ({"dataset_name": "{malformed}"}, "cannot be read"),
+    "an empty file": ({"dataset_name": "{empty}"}, "is empty"),
+    "a file of blank lines": ({"dataset_name": "{blank}"}, "has no examples"),
+    "a missing column": ({"dataset_name": "{columns}"}, "has the columns 'question', 'answer'"),
+    "a missing split": ({"dataset_train_split": "dev"}, "has no split 'dev', only 'train'"),
+    "labels that are all masked": ({"max_length": 2}, "masked"),
+    "an effective batch of 0": ({"effective_batch_size": 0}, "--effective_batch_size 0 is below 1"),
+    "a negative effective batch": ({"effective_batch_size": -8}, "is below 1"),
+    "an effective batch that is no number": ({"effective_batch_size": "many"}, "invalid int value"),
+    "an unknown flag": ({"efective_batch_size": 8}, "there is no flag --efective_batch_size"),
+    "a wrong budget": ({"budget": "lots"}, "neither a number of tokens nor of examples"),
+    "a wrong value": ({"learning_rate": "fast"}, "--learning_rate"),
+    "contradicting flags": (
+        {
+            "effective_batch_size": 9,
+            "per_device_train_batch_size": 2,
+            "gradient_accumulation_steps": 4,
+        },
+        "--effective_batch_size 9 contradicts 2 rows x 4 steps = 8",
+    ),
+    "an unwritable output directory": (
+        {"output_dir": "{empty}/out"},
+        "cannot write to --output_dir",
+    ),
+    "a directory that is no model": ({"model_name_or_path": "{here}"}, "has no config.json"),
+    "no such checkpoint": ({"resume_from_checkpoint": "{here}"}, "is no checkpoint"),
+    "no such config": ({"config": "none.yaml"}, "No such file"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_input_exits_with_2_before_any_work(name, model_dir, tmp_path, capfd, monkeypatch):
+    flags, message = WRONG[name]
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    files = {name: tmp_path / name for name in ("kind.xyz", "malformed.jsonl", "empty.jsonl")}
+    files |= {name: tmp_path / name for name in ("blank.txt", "columns.jsonl", "pairs.jsonl")}
+    files["kind.xyz"].write_text("x")
+    files["malformed.jsonl"].write_text('{"prompt": "a", "completion": "b"}\n{"prompt": oops\n')
+    files["empty.jsonl"].touch()
+    files["blank.txt"].write_text("\n \n")
+    files["columns.jsonl"].write_text('{"question": "a", "answer": "b"}\n')
+    prompts(9).filter(lambda row: len(row["prompt"]) > 9).to_json(files["pairs.jsonl"])
+    places = {path.stem: str(path) for path in files.values()} | {"here": str(tmp_path)}
+    common = {
+        "model_name_or_path": str(model_dir),
+        "dataset_name": places["pairs"],
+        "output_dir": str(tmp_path / "out"),
+        "max_steps": 1,
+    }
+    flags = {k: v.format(**places) if isinstance(v, str) else v for k, v in flags.items()}
+    words = [f"--{k}={v}" for k, v in (common | flags).items() if k != "config"]
+    words += ["--config", flags["config"]] if "config" in flags else []
+    assert main(["train", *words]) == 2
+    shown = capfd.readouterr()
+    assert shown.out == "" and message in shown.err and "Traceback" not in shown.err
+    assert not list(tmp_path.glob("out/*"))
+
+
+def test_unknown_flags_name_the_nearest(capfd):
+    assert train("--efective_batch_size=8") == 2
+    assert "did you mean --effective_batch_size?" in capfd.readouterr().err
+
+
+def test_help_teaches_and_commands_are_checked(capsys):
+    assert main(["--help"]) == 0 and "train" in capsys.readouterr().out
+    assert main(["train", "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "--effective_batch_size N" in shown and "gradaccum train --config" in shown
+    assert train("--help-all") == 0 and "--weight_decay" in capsys.readouterr().out
+    assert main(["--version"]) == 0 and gradaccum.__version__ in capsys.readouterr().out
+    assert main(["tarin"]) == 2 and main([]) == 2
+    assert "no command 'tarin'" in capsys.readouterr().err
+
+
+def test_the_effective_batch_follows_from_stock_flags():
+    parsed = arguments.parse(["--per_device_train_batch_size=3", "--gradient_accumulation_steps=5"])
+    assert parsed.effective_batch_size == 15 and parsed.budget is None
+    parsed = arguments.parse(["--budget=2_048 tokens", "--model_name_or_path=x"])
+    assert parsed.effective_batch_size == 8 and parsed.budget == Budget(tokens=2048)
+    assert arguments.parse([]).effective_batch_size == 32
+
+
+def test_embedded_data_is_real_ragged_and_the_same_each_time():
+    pairs = embedded.functions(50)
+    assert pairs == embedded.functions(50) and len(pairs) == 50
+    for pair in pairs:
+        assert pair["prompt"].lstrip().startswith(("def ", "async def "))
+        assert pair["completion"].startswith("\n") and pair["completion"].strip()
+        compile(pair["prompt"] + pair["completion"], "<pair>", "exec")
+    tok = embedded.tokenizer([p["prompt"] + p["completion"] for p in pairs], vocab_size=600)
+    for pair in pairs[:9]:
+        whole = tok(pair["prompt"] + pair["completion"])["input_ids"]
+        prompt = tok(pair["prompt"])["input_ids"]
+        assert tok.decode(whole) == pair["prompt"] + pair["completion"]
+        assert whole[: len(prompt)] == prompt
+    state = torch.get_rng_state()
+    one, other = embedded.model(tok, seed=1), embedded.model(tok, seed=1)
+    assert torch.equal(state, torch.get_rng_state())
+    assert torch.equal(one.lm_head.weight, other.lm_head.weight)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads a pseudo terminal")
+def test_a_terminal_gets_a_bar(model_dir, data_file, tmp_path):
+    import fcntl
+    import pty
+    import struct
+    import termios
+
+    leader, follower = pty.openpty()
+    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 160, 0, 0))
+    words = [
+        sys.executable, "-m", "gradaccum", "train", f"--model_name_or_path={model_dir}",
+        f"--dataset_name={data_file}", f"--output_dir={tmp_path / 'out'}", "--max_steps=2",
+        "--effective_batch_size=4",
+    ]  # fmt: skip
+    process = subprocess.Popen(words, stderr=follower, stdout=subprocess.DEVNULL)
+    os.close(follower)
+    shown, deadline = b"", time.monotonic() + 120
+    while time.monotonic() < deadline:
+        try:
+            chunk = os.read(leader, 65536)
+        except OSError:  # the other end has closed
+            break
+        shown += chunk
+    assert process.wait(timeout=10) == 0
+    text = shown.decode(errors="replace")
+    assert "8/8" in text and "samples/s" in text and "tokens/s, peak" in text
+    assert Path(tmp_path / "out" / "model.safetensors").is_file()
