@@ -62,6 +62,8 @@ def consistent_counters(
         undivided = loss(both, HUGE).item()
         own = loss(both, None if len(counters) > 1 else float(next(iter(counters))(both))).item()
         apart = [loss(batch.take([i]), 1).item() for i in pair]
+    if total == 0:
+        return counters
     if abs(undivided) > 1e-6 * abs(own):
         ignored = abs(undivided - own) <= 1e-6 * abs(own)
         what = (
@@ -96,14 +98,15 @@ def differ(counters: tuple[Counter, ...], inputs: Any) -> bool:
     return len({float(counter(inputs)) for counter in counters}) > 1
 
 
-def _pick(batch: HostBatch, counters: tuple[Counter, ...], most: int = 64) -> list[int]:
-    """Choose two examples with a weight, small, one of them such that the counters differ."""
+def _pick(batch: HostBatch, counters: tuple[Counter, ...]) -> list[int]:
+    """Choose two small examples with a weight, one of them such that the counters differ."""
     weighted = []
-    for i in range(min(len(batch), most)):
+    for i in range(len(batch)):
         inputs = batch.take([i])
-        if all(float(counter(inputs)) > 0 for counter in counters):
+        counts = [float(counter(inputs)) for counter in counters]
+        if any(counts):
             size = sum(leaf.numel() for leaf in inputs.values() if isinstance(leaf, Tensor))
-            weighted.append((not differ(counters, inputs), size, i))
+            weighted.append((len(set(counts)) == 1, not all(counts), size, i))
     weighted.sort()
-    others = sorted((size, i) for _, size, i in weighted[1:])
-    return [part[-1] for part in weighted[:1] + others[:1]]
+    others = sorted(weighted[1:], key=lambda entry: entry[1:])
+    return [entry[-1] for entry in weighted[:1] + others[:1]]

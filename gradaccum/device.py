@@ -1,6 +1,6 @@
 """What the engine asks of a device: memory figures, and time measured without waiting for it.
 
-The accelerator is whatever `torch.accelerator` finds; on the CPU memory is that of the process.
+On the CPU memory is that of the process.
 """
 
 import os
@@ -23,7 +23,7 @@ def peak_bytes(device: torch.device) -> int:
         return peak if sys.platform == "darwin" else peak * 1024  # bytes there, KiB elsewhere
     if device.type == "mps":
         return torch.mps.driver_allocated_memory()  # Metal keeps no peak
-    return torch.accelerator.max_memory_allocated(device)
+    return torch.get_device_module(device).max_memory_allocated(device)
 
 
 def total_bytes(device: torch.device) -> int:
@@ -32,7 +32,7 @@ def total_bytes(device: torch.device) -> int:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if device.type == "mps":
         return torch.mps.recommended_max_memory()
-    return torch.accelerator.get_memory_info(device)[1]
+    return torch.get_device_module(device).mem_get_info(device)[1]
 
 
 def stopwatch(device: torch.device) -> Callable[[], Callable[[], float]]:

@@ -67,7 +67,7 @@ class Micro(NamedTuple):
     useful: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Step:
     """Tell what one `Accumulator.backward` did.
 

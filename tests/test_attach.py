@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 import transformers
+from datasets import Dataset
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
@@ -139,23 +140,36 @@ def test_an_effective_batch_that_no_product_gives(tmp_path):
     assert ours.get_total_train_batch_size(ours.args) == 13
 
 
-def test_batch_rebalance_is_exact_for_the_examples_it_draws(tmp_path):
-    ours, found = build(
-        tmp_path,
-        attach={},
-        per_device_train_batch_size=2,
-        gradient_accumulation_steps=4,
-        train_sampling_strategy="batch_rebalance",
-        learning_rate=0.0,
-        max_grad_norm=0.0,
-        data=(rows := token_rows(24)),
-    )
-    drawn = []
-    collate = ours.data_collator
-    ours.data_collator = lambda examples: drawn.append(examples) or collate(examples)
-    ours.train()
+def test_batch_rebalance_draws_and_weighs_the_same_batches(tmp_path):
+    settings = {
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 4,
+        "train_sampling_strategy": "batch_rebalance",
+        "max_grad_norm": 0.0,
+        "data": token_rows(24),
+    }
+    stock, expected = build(tmp_path, **settings)
+    ours, found = build(tmp_path, attach={}, **settings)
+    stock.train(), ours.train()
     assert ours.state.global_step == 3
-    assert len(rows) == 24 and len(found.gradients) == 3
+    for one, other in zip(found.gradients, expected.gradients, strict=True):
+        assert oracle.error(one, other) <= 1e-6
+
+
+def test_a_count_that_the_first_batch_does_not_tell_is_measured_again(tmp_path):
+    """The first batches mask every first label, so shifted and unshifted counts coincide there."""
+    g = torch.Generator().manual_seed(0)
+    rows = [torch.randint(3, 64, (9,), generator=g).tolist() for _ in range(12)]
+    data = [
+        {"input_ids": ids, "labels": ids if i >= 8 else [-100, *ids[1:]]}
+        for i, ids in enumerate(rows)
+    ]
+    settings = {"train_sampling_strategy": "sequential", "data": Dataset.from_list(data)}
+    big, expected = build(tmp_path, per_device_train_batch_size=4, **settings)
+    ours, found = build(tmp_path, attach={"effective_batch_size": 4}, **settings)
+    big.train(), ours.train()
+    same(ours, big, found, expected)
+    assert len(ours.accumulation.counters) == 1
 
 
 def test_loss_function_of_the_user(tmp_path):

@@ -10,6 +10,7 @@ refused. What TRL needs besides is in `trl.py`.
 """
 
 import copy
+import functools
 import importlib
 import itertools
 from collections.abc import Iterator, Mapping
@@ -17,6 +18,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
+from accelerate.utils.memory import clear_device_cache
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
@@ -127,16 +129,11 @@ class Attached(Trainer):
             switch()
         accumulation = self.accumulation
         batch = as_batch(inputs.examples, self.data_collator)
-        if accumulation.counters is None:
-            accumulation.counters = self._measure(model, batch)
-        accumulator = self._accumulator(model)
-        accumulator.budget = accumulation.budget_for(batch)
-        window = accumulator.prepare(batch)
-        if any(contract.differ(accumulation.counters, part) for part in window.inputs):
-            accumulation.counters = self._measure(model, batch)
-            window = accumulator.prepare(batch)
-        accumulation.window = window
-        accumulation.last = accumulator.backward(window)
+        accumulation.window = self._prepare(model, batch)
+        accumulation.last = self._accumulator(model).backward(accumulation.window)
+        every = self.args.torch_empty_cache_steps
+        if every is not None and self.state.global_step % every == 0:
+            clear_device_cache()
         return accumulation.last.loss_tensor.to(self.args.device)
 
     def floating_point_ops(self, inputs: Any) -> int:
@@ -156,22 +153,33 @@ class Attached(Trainer):
         """
         model = self.model_wrapped
         assert isinstance(model, nn.Module), "a trainer has a model"
+        window = self._prepare(model, as_batch(examples, self.data_collator))
         accumulator = self._accumulator(model)
-        whole = Budget(examples=len(examples))
-        cut = self.accumulation.budget_for(as_batch(examples, self.data_collator))
-
-        def run(batch: list[Any], budget: Budget) -> Step:
-            accumulator.budget = budget
-            return accumulator.backward(batch)
-
+        accumulator.budget = Budget(examples=len(examples))
         with self._aside(model):
-            num_micros = run(examples, cut).num_micros
-            model.zero_grad()
             error, floor = (
-                verify.gradient_difference(model, first, lambda: run(examples, whole))
-                for first in (lambda: run(examples, cut), lambda: run(examples[::-1], whole))
+                verify.gradient_difference(
+                    model,
+                    functools.partial(accumulator.backward, other),
+                    functools.partial(accumulator.backward, examples),
+                )
+                for other in (window, examples[::-1])
             )
-        return Proof(error, floor, len(examples), num_micros)
+        return Proof(error, floor, len(examples), len(window.micros))
+
+    def _prepare(self, model: nn.Module, batch: HostBatch) -> Window:
+        """Cut and count a batch, once it is known what the loss divides by."""
+        accumulation, accumulator = self.accumulation, self._accumulator(model)
+        accumulator.budget = accumulation.budget_for(batch)
+        if accumulation.counters is None:
+            accumulation.counters = self._measure(model, batch)
+        window = accumulator.prepare(batch)
+        if any(contract.differ(accumulation.counters, part) for part in window.inputs):
+            accumulation.counters = self._measure(model, batch)
+            if len(accumulation.counters) > 1:
+                raise NotDecomposable("this batch does not tell which tokens the loss divides by")
+            window = accumulator.prepare(batch)
+        return window
 
     def _accumulator(self, model: nn.Module) -> Accumulator:
         """Return the accumulator of this model; a second `train()` may bring another one."""

@@ -1,0 +1,90 @@
+"""Time `Accumulator.backward` against a hand-written loop over the very same micro-batches.
+
+The hand-written loop gets its micro-batches collated and its count for nothing; the accumulator
+cuts, collates and counts in the time that is taken. Ratios of interleaved rounds.
+
+    python benchmarks/overhead.py --rounds 15 --out benchmarks/results/overhead.json
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import time
+
+import torch
+import torch.nn.functional as F
+
+import gradaccum
+from gradaccum.cli import embedded
+
+
+def by_hand(net, micros, count):
+    for micro in micros:
+        inputs = {key: value for key, value in micro.items() if key != "labels"}
+        logits = net(**inputs).logits[:, :-1].flatten(0, 1)
+        labels = micro["labels"][:, 1:].flatten()
+        (F.cross_entropy(logits, labels, ignore_index=-100, reduction="sum") / count).backward()
+
+
+def measure(net, batch, budget, rounds):
+    accumulator = gradaccum.Accumulator(net, gradaccum.causal_lm(), budget=budget)
+    window = accumulator.prepare(batch)
+    ratios, seconds = [], []
+    for round_ in range(rounds + 1):
+        times = {}
+        for name in ("hand", "ours") if round_ % 2 else ("ours", "hand"):
+            begin = time.perf_counter()
+            if name == "hand":
+                by_hand(net, window.inputs, window.totals["loss"])
+            else:
+                accumulator.backward(batch)
+            times[name] = time.perf_counter() - begin
+            net.zero_grad()
+        if round_:
+            ratios.append(times["ours"] / times["hand"])
+            seconds.append(times["hand"])
+    begin = time.perf_counter()
+    accumulator.prepare(batch)
+    return {
+        "micro_batches": len(window.micros),
+        "hand_written_seconds": round(statistics.median(seconds), 3),
+        "ratio_median": round(statistics.median(ratios), 4),
+        "ratio_quartiles": [round(q, 4) for q in statistics.quantiles(ratios, n=4)[::2]],
+        "prepare_seconds": round(time.perf_counter() - begin, 5),
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--out")
+    options = parser.parse_args()
+    pairs = embedded.functions(400)
+    tokenizer = embedded.tokenizer(p["prompt"] + p["completion"] for p in pairs)
+    net = embedded.model(tokenizer)
+    ids = tokenizer([p["prompt"] + p["completion"] for p in pairs])["input_ids"]
+    ragged = [{"input_ids": row[:512], "labels": row[:512]} for row in ids[:32]]
+    long = [token for row in ids for token in row]
+    uniform = [
+        {"input_ids": (part := long[128 * i : 128 * i + 128]), "labels": part} for i in range(32)
+    ]
+    rows = {
+        "uniform, 32 x 128 tokens, 4 rows": (uniform, gradaccum.Budget(examples=4)),
+        "uniform, 32 x 128 tokens, 1 row": (uniform, gradaccum.Budget(examples=1)),
+        "ragged, 32 functions, 512 tokens": (ragged, gradaccum.Budget(tokens=512)),
+    }
+    result = {
+        "command": f"python benchmarks/overhead.py --rounds {options.rounds}",
+        "versions": {m.__name__: m.__version__ for m in (torch, gradaccum)},
+        "device": f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
+        "workloads": {name: measure(net, *row, options.rounds) for name, row in rows.items()},
+    }
+    print(json.dumps(result, indent=2))
+    if options.out:
+        with open(options.out, "w") as file:
+            json.dump(result, file, indent=2)
+
+
+if __name__ == "__main__":
+    main()
