@@ -9,8 +9,6 @@ from the same weights and, but for `batch_rebalance`, takes the same examples.
 
 import argparse
 import copy
-import json
-import platform
 import statistics
 import tempfile
 import time
@@ -20,6 +18,7 @@ import datasets
 import torch
 import transformers
 import trl
+from common import publish
 from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
@@ -186,17 +185,7 @@ def main():
         for name in rows:
             speedups = zip(seconds["stock 2x16"], seconds[name], strict=True)
             rows[name]["times_stock_2x16"] = round(statistics.median(a / b for a, b in speedups), 2)
-    result = {
-        "command": f"python benchmarks/attach.py --rounds {options.rounds} "
-        f"--steps {options.steps} --examples {options.examples}",
-        "versions": {m.__name__: m.__version__ for m in (torch, transformers, trl, gradaccum)},
-        "device": f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
-        "contenders": rows,
-    }
-    print(json.dumps(result, indent=2))
-    if options.out:
-        with open(options.out, "w") as file:
-            json.dump(result, file, indent=2)
+    publish({"contenders": rows}, options.out, transformers, trl)
 
 
 if __name__ == "__main__":

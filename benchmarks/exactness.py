@@ -5,14 +5,13 @@ python benchmarks/exactness.py --out benchmarks/results/exactness.json
 
 import argparse
 import copy
-import json
-import platform
 import random
 import sys
 import time
 from pathlib import Path
 
 import torch
+from common import publish
 from torch import nn
 
 import gradaccum
@@ -30,11 +29,12 @@ def worst_errors(dtype, cases):
         rng = random.Random(seed)
         batch = examples([rng.randint(2, 20) for _ in range(rng.randint(2, 16))], seed)
         net = model(seed % 7, dtype=dtype)
-        expected = oracle.gradients(
-            wide := copy.deepcopy(net).double(), *oracle_loss(wide, collated(batch))
-        )
+        # Left padding is part of the batch: it gives the first label something to follow.
+        full = collated(batch, "right" if seed % 2 else rng.choice(["left", "right"]))
+        wide = copy.deepcopy(net).double()
+        expected = oracle.gradients(wide, *oracle_loss(wide, full))
         budget = gradaccum.Budget(tokens=rng.randint(1, 60))
-        given = batch if seed % 2 else collated(batch, rng.choice(["left", "right"]))
+        given = batch if seed % 2 else full
         gradaccum.Accumulator(net, gradaccum.causal_lm(), budget=budget).backward(given)
         errors.append(oracle.error(oracle.left_in(net), expected))
         residuals.append(oracle.signed_residual(oracle.left_in(net), expected))
@@ -106,20 +106,14 @@ def main():
     parser.add_argument("--cases", type=int, default=500)
     parser.add_argument("--out")
     options = parser.parse_args()
-    result = {
-        "command": f"python benchmarks/exactness.py --cases {options.cases}",
-        "versions": {m.__name__: m.__version__ for m in (torch, gradaccum)},
-        "device": f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
+    figures = {
         "float64": worst_errors(torch.float64, options.cases),
         "float32": worst_errors(torch.float32, options.cases),
         "trajectory_20_steps_float64": trajectory(),
         "bf16_1024_micro_batches": bf16_sums(),
         "split_1_000_000_examples_seconds": million(),
     }
-    print(json.dumps(result, indent=2))
-    if options.out:
-        with open(options.out, "w") as file:
-            json.dump(result, file, indent=2)
+    publish(figures, options.out)
 
 
 if __name__ == "__main__":

@@ -9,10 +9,11 @@ examples lengths in every batch, resident memory on the CPU (allocated memory on
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
+
+from common import publish
 
 SIZES = (32, 256, 2048)
 
@@ -58,21 +59,8 @@ def main():
         done = subprocess.run(words, env=env, capture_output=True, text=True, check=True)
         peaks[size] = json.loads(done.stdout.strip().splitlines()[-1])["peak_bytes"]
         print(f"effective batch {size}: {peaks[size] / 2**20:.1f} MiB", flush=True)
-    import torch
-
-    import gradaccum
-
-    result = {
-        "command": "python benchmarks/memory.py",
-        "versions": {m.__name__: m.__version__ for m in (torch, gradaccum)},
-        "device": f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
-        "peak_bytes": peaks,
-        "largest_over_smallest": round(max(peaks.values()) / min(peaks.values()), 4),
-    }
-    print(json.dumps(result, indent=2))
-    if options.out:
-        with open(options.out, "w") as file:
-            json.dump(result, file, indent=2)
+    ratio = round(max(peaks.values()) / min(peaks.values()), 4)
+    publish({"peak_bytes": peaks, "largest_over_smallest": ratio}, options.out)
 
 
 if __name__ == "__main__":

@@ -7,13 +7,11 @@ cuts, collates and counts in the time that is taken. Ratios of interleaved round
 """
 
 import argparse
-import json
-import platform
 import statistics
 import time
 
-import torch
 import torch.nn.functional as F
+from common import publish
 
 import gradaccum
 from gradaccum.cli import embedded
@@ -74,16 +72,8 @@ def main():
         "uniform, 32 x 128 tokens, 1 row": (uniform, gradaccum.Budget(examples=1)),
         "ragged, 32 functions, 512 tokens": (ragged, gradaccum.Budget(tokens=512)),
     }
-    result = {
-        "command": f"python benchmarks/overhead.py --rounds {options.rounds}",
-        "versions": {m.__name__: m.__version__ for m in (torch, gradaccum)},
-        "device": f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
-        "workloads": {name: measure(net, *row, options.rounds) for name, row in rows.items()},
-    }
-    print(json.dumps(result, indent=2))
-    if options.out:
-        with open(options.out, "w") as file:
-            json.dump(result, file, indent=2)
+    figures = {name: measure(net, *row, options.rounds) for name, row in rows.items()}
+    publish({"workloads": figures}, options.out)
 
 
 if __name__ == "__main__":

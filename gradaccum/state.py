@@ -1,4 +1,4 @@
-"""What a forward writes besides its outputs: the state of random generators, and buffers."""
+"""What a forward reads and writes besides its inputs and outputs: modes, random state, buffers."""
 
 import random
 from collections.abc import Iterator
@@ -30,3 +30,28 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             for name, buffer in model.named_buffers():
                 buffer.copy_(buffers[name])
+
+
+@contextmanager
+def without_dropout(model: nn.Module) -> Iterator[None]:
+    """Put every module in eval mode, but for those that a forward in eval mode would change.
+
+    BatchNorm is in eval mode inside as well; whoever measures has to look for it beforehand.
+    """
+    modes = {module: module.training for module in model.modules()}
+    for module, mode in modes.items():
+        module.training = mode and _repacks_in_eval(module)
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _repacks_in_eval(module: nn.Module) -> bool:
+    """Tell whether a module is changed for good by a forward in eval mode.
+
+    bitsandbytes 0.50 packs 4-bit weights on the CPU for inference at the first such forward, and
+    from then on multiplies through a kernel without a backward, in training mode too.
+    """
+    return any(base.__module__.startswith("bitsandbytes.") for base in type(module).__mro__)

@@ -19,15 +19,14 @@ def error(found: dict, expected: dict) -> float:
     assert [n for n in found if (found[n] is None) != (expected[n] is None)] == []
     pairs = [(found[n].double(), expected[n].double()) for n in found if found[n] is not None]
     difference = sum((a - b).square().sum() for a, b in pairs).sqrt()
-    return float(difference / sum(b.square().sum() for _, b in pairs).sqrt())
+    return (difference / sum(b.square().sum() for _, b in pairs).sqrt()).item()
 
 
 def signed_residual(found: dict, expected: dict) -> float:
     """Return <found - expected, expected> / ||expected||^2: a wrong denominator is a drift."""
     pairs = [(found[n].double(), expected[n].double()) for n in found if found[n] is not None]
-    return float(
-        sum(((a - b) * b).sum() for a, b in pairs) / sum(b.square().sum() for _, b in pairs)
-    )
+    along = sum(((a - b) * b).sum() for a, b in pairs)
+    return (along / sum(b.square().sum() for _, b in pairs)).item()
 
 
 def left_in(model: nn.Module) -> dict[str, torch.Tensor]:

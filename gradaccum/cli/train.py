@@ -4,21 +4,15 @@ The trainer, its data preparation and its checkpoints are TRL's and transformers
 input, attaches the accumulation, says what happens and proves the gradient on one batch.
 """
 
-import json
-import platform
 import signal
-import statistics
-import sys
 import warnings
 from collections.abc import Iterable
-from dataclasses import asdict
 from datetime import datetime
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import datasets
-import torch
 import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import get_last_checkpoint
@@ -27,14 +21,10 @@ from trl import SFTTrainer, get_peft_config, get_quantization_config
 from gradaccum.cli import data, embedded
 from gradaccum.cli.arguments import Arguments, parse
 from gradaccum.cli.progress import Metrics, Progress, StopOnSignal
+from gradaccum.cli.summary import describe, say, summarise
 from gradaccum.errors import BadInput
-from gradaccum.integrations.hf import CPU_TOKENS, attach
-from gradaccum.objective import causal_lm, length
-from gradaccum.split import split
-from gradaccum.types import IGNORE_INDEX, Proof
-
-# Above this size the reference of the proof, one pass over the batch, takes its shortest examples.
-PROOF_TOKENS = 32_768
+from gradaccum.integrations.hf import attach
+from gradaccum.types import IGNORE_INDEX
 
 
 def run(words: list[str]) -> int:
@@ -52,7 +42,7 @@ def run(words: list[str]) -> int:
     trainer.add_callback(Progress(trainer.accumulation, _num_samples(trainer)))
     trainer.add_callback(metrics)
     trainer.add_callback(stop)
-    _describe(trainer, arguments, output, resume)
+    describe(trainer, arguments, output, resume)
     try:
         trainer.train(resume_from_checkpoint=resume)
     finally:
@@ -63,13 +53,8 @@ def run(words: list[str]) -> int:
         say(f"go on with: gradaccum train {_again(words)}--resume_from_checkpoint {saved}")
         return 128 + stop.received
     trainer.save_model(str(output))
-    _summarise(trainer, arguments, output, metrics)
+    summarise(trainer, arguments, output, metrics)
     return 0
-
-
-def say(text: str) -> None:
-    """Print a line for a person: on stderr, since stdout is for the result."""
-    print(text, file=sys.stderr, flush=True)
 
 
 def _quiet() -> None:
@@ -228,104 +213,6 @@ def _num_samples(trainer: Any) -> int | None:
     if isinstance(trainer.train_dataset, datasets.Dataset):
         return round(len(trainer.train_dataset) * trainer.args.num_train_epochs)
     return None
-
-
-def _describe(trainer: Any, arguments: Arguments, output: Path, resume: str | None) -> None:
-    """Say what will run and why, before it does."""
-    model, accumulation = trainer.model, trainer.accumulation
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in model.parameters())
-    dtype = str(next(p for p in model.parameters() if p.requires_grad).dtype)[len("torch.") :]
-    device = trainer.args.device
-    say(
-        f"model     {arguments.model.model_name_or_path}: {type(model).__name__}, {trained:,} of "
-        f"{total:,} parameters trained, {dtype}, on {device}"
-    )
-    rows = list(islice(iter(trainer.train_dataset), 20 * accumulation.effective_batch_size))
-    lengths = [length(row) for row in rows]
-    count = (
-        len(trainer.train_dataset) if isinstance(trainer.train_dataset, datasets.Dataset) else None
-    )
-    source = (
-        f"Python {platform.python_version()}" if arguments.script.dataset_name == "embedded" else ""
-    )
-    say(
-        f"data      {arguments.script.dataset_name}{f' ({source})' if source else ''}: "
-        f"{f'{count:,} examples' if count is not None else 'a stream'}, "
-        f"mean {statistics.fmean(lengths):,.0f} and longest {max(lengths):,} tokens"
-    )
-    say(f"batch     {_batch_line(trainer, rows)}")
-    if resume is not None:
-        say(f"resume    {resume}")
-    say(f"output    {output}")
-
-
-def _batch_line(trainer: Any, rows: list[Any]) -> str:
-    """Say how an effective batch is cut, from the first batches of the data."""
-    accumulation = trainer.accumulation
-    size = accumulation.effective_batch_size
-    windows = [rows[i : i + size] for i in range(0, len(rows), size)]
-    windows = [window for window in windows if len(window) == size] or windows
-    budgets = [accumulation.budget_for(window) for window in windows]
-    cuts = [split(w, causal_lm(), b) for w, b in zip(windows, budgets, strict=True)]
-    largest = max(budgets, key=lambda budget: budget.tokens or 0)
-    why = f"what {accumulation.rows} of the longest take"
-    if accumulation.budget is not None:
-        why = "--budget"
-    elif largest.tokens == CPU_TOKENS:
-        why = "more at once is not faster on a CPU"
-    mean = statistics.fmean(map(len, cuts))
-    return f"effective batch {size} = about {mean:.0f} micro-batches of up to {largest} ({why})"
-
-
-def _summarise(trainer: Any, arguments: Arguments, output: Path, metrics: Metrics) -> None:
-    """Print the result on stdout."""
-    totals, losses = metrics.totals, metrics.losses
-    edge = max(1, min(5, len(losses) // 2))
-    proof = _prove(trainer)
-    adapter = (output / "adapter_config.json").is_file()
-    loader = "AutoPeftModelForCausalLM" if adapter else "AutoModelForCausalLM"
-    package = "peft" if adapter else "transformers"
-    summary = {
-        "steps": trainer.state.global_step,
-        "effective_batch_size": trainer.accumulation.effective_batch_size,
-        **totals,
-        "tokens_per_second": totals["tokens"] / max(totals["seconds"], 1e-9),
-        "padding": 1 - totals["tokens"] / max(1, totals["padded"]),
-        "loss_before": statistics.fmean(losses[:edge]) if losses else None,
-        "loss_after": statistics.fmean(losses[-edge:]) if losses else None,
-        "proof": None if proof is None else asdict(proof),
-        "output_dir": str(output),
-    }
-    if arguments.json:
-        print(json.dumps(summary))
-        return
-    print(
-        f"trained   {summary['steps']:,} steps, {totals['samples']:,} samples, "
-        f"{totals['tokens']:,} tokens in {totals['seconds']:.0f} s "
-        f"({summary['tokens_per_second']:,.0f} tokens/s), padding {summary['padding']:.0%}"
-    )
-    if losses:
-        print(
-            f"loss      {summary['loss_before']:.4f} -> {summary['loss_after']:.4f} "
-            f"(means of the first and the last {edge} steps)"
-        )
-    print(f"proof     {proof or 'skipped: the full batch does not fit into memory at once'}")
-    print(f"saved     {output}, metrics in {output / 'metrics.jsonl'}")
-    print(f"load it   from {package} import {loader}")
-    print(f'          {loader}.from_pretrained("{output}")')
-
-
-def _prove(trainer: Any) -> Proof | None:
-    """Prove the gradient on the first batch; on its shortest examples if all is much at once."""
-    batch = next(iter(trainer.get_train_dataloader())).examples
-    batch = sorted(batch, key=length)
-    while len(batch) > 1 and len(batch) * length(batch[-1]) > PROOF_TOKENS:
-        batch.pop()
-    try:
-        return trainer.proof(batch)
-    except torch.OutOfMemoryError:
-        return None
 
 
 def _again(words: list[str]) -> str:

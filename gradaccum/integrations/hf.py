@@ -29,7 +29,7 @@ from gradaccum.batch import HostBatch, as_batch
 from gradaccum.engine import Accumulator, Window
 from gradaccum.errors import BadInput, NotDecomposable
 from gradaccum.objective import Objective, length
-from gradaccum.state import undisturbed
+from gradaccum.state import undisturbed, without_dropout
 from gradaccum.types import Budget, Micro, Proof, Step
 
 T = TypeVar("T", bound=Trainer)
@@ -248,17 +248,8 @@ class Attached(Trainer):
     @contextmanager
     def _aside(self, model: nn.Module) -> Iterator[None]:
         """Run what does not belong to the training: without dropout, leaving no trace."""
-        modes = {module: module.training for module in model.modules()}
-        for module, mode in modes.items():
-            module.training = mode and _repacks_in_eval(module)
-        in_train, self.is_in_train = self.is_in_train, False
-        try:
-            with undisturbed(model):
-                yield
-        finally:
-            self.is_in_train = in_train
-            for module, mode in modes.items():
-                module.training = mode
+        with _replaced(self, "is_in_train", False), without_dropout(model), undisturbed(model):
+            yield
 
 
 def attach(
@@ -336,15 +327,6 @@ def _refuse_arguments(trainer: Trainer, args: TrainingArguments) -> None:
         raise NotDecomposable(
             f"optim={args.optim!s} updates the weights inside backward, at every micro-batch"
         )
-
-
-def _repacks_in_eval(module: nn.Module) -> bool:
-    """Tell whether a module is changed for good by a forward in eval mode.
-
-    bitsandbytes 0.50 packs 4-bit weights on the CPU for inference at the first such forward, and
-    from then on multiplies through a kernel without a backward, in training mode too.
-    """
-    return any(base.__module__.startswith("bitsandbytes.") for base in type(module).__mro__)
 
 
 @contextmanager

@@ -1,0 +1,28 @@
+"""What every benchmark says beside its figures: command, versions, device."""
+
+import json
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import gradaccum
+
+
+def publish(figures: dict[str, Any], out: str | None, *modules: Any) -> None:
+    """Print the figures as JSON with where they come from; write them to `out` as well."""
+    words = [word for word in sys.argv[1:] if word != "--out" and word != out]
+    result = {
+        "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *words]),
+        "versions": {m.__name__: m.__version__ for m in (torch, gradaccum, *modules)},
+        "device": f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
+        **figures,
+    }
+    if torch.accelerator.is_available():
+        result["device"] = torch.get_device_module().get_device_name()
+    text = json.dumps(result, indent=2)
+    print(text)
+    if out:
+        Path(out).write_text(text + "\n")
