@@ -6,10 +6,10 @@ what is example i, what are the model's inputs for these examples.
 - `Listed`: a list of examples and a function that collates some of them.
 - `Collated`: tensors already collated, in any nesting of dicts, lists and tuples.
 
-Which leaves of a collated batch belong to its rows is read from their shapes: a tensor whose first
-dimension is the number of rows, or a list of that many values that are no such tensors. All others
-are handed to every micro-batch untouched. A batch whose images or patches are not laid out in rows
-therefore has to come as a list of examples.
+Which leaves of a collated batch belong to its rows is read from types and shapes: a tensor whose
+first dimension is the number of rows, or a list of that many values, one for each row. Dicts and
+tuples only nest. All else is handed to every micro-batch untouched. A batch whose images or patches
+are not laid out in rows therefore has to come as a list of examples.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -90,7 +90,7 @@ class Collated:
         def trim(leaf: Any) -> Any:
             if isinstance(leaf, Tensor) and leaf.ndim > 1 and leaf.shape[1] in columns:
                 start, end = columns[leaf.shape[1]]
-                return leaf[:, min(start, end - 1) : end]
+                return leaf[:, min(start, end - 1) : end].contiguous()  # models call .view
             return leaf
 
         return _map_rows(self._tree, self._num_rows, cut, trim)
@@ -270,10 +270,16 @@ def _map_rows(
         return rows(tree)
     if isinstance(tree, Mapping):
         return {key: _map_rows(value, num_rows, rows, other) for key, value in tree.items()}
-    if isinstance(tree, (list, tuple)):
-        if len(tree) == num_rows and not all(map(is_rows, tree)):
-            return rows(tree)
+    if isinstance(tree, tuple):
         return _rebuild(tree, [_map_rows(value, num_rows, rows, other) for value in tree])
+    if isinstance(tree, list) and len(tree) == num_rows:
+        return rows(tree)
+    if isinstance(tree, list) and any(map(is_rows, tree)):
+        raise BadInput(
+            f"a list of {len(tree)} holds tensors of {num_rows} rows; a list in a batch has one "
+            "value for each row",
+            hint="make it a tuple",
+        )
     return other(tree)
 
 

@@ -63,7 +63,8 @@ class Accumulator:
         budget: How large one micro-batch may be. May be set anew between two calls.
         collate: Turns a list of examples into a micro-batch; `pad_collate` if not given.
         accumulate_dtype: Keep the sum at least this wide; None: in each parameter's own dtype.
-        grad_dtype: Hand over gradients in this dtype; None: in each parameter's own.
+        grad_dtype: Hand over gradients in this dtype, and leave `p.grad_dtype` at it; None: in
+            what `p.grad_dtype` says already, the parameter's own dtype unless somebody set it.
         backward: Runs the backward pass of one scaled loss, for those who wrap it:
             `lambda loss: scaler.scale(loss).backward()`, `accelerator.backward`.
         after_micro: Is called with each `Micro` once it is queued on the device.
@@ -93,6 +94,9 @@ class Accumulator:
         backward: Callable[[Tensor], Any] = Tensor.backward,
         after_micro: Callable[[Micro], None] | None = None,
     ) -> None:
+        for given, kind in ((objective, Objective), (budget, Budget)):
+            if not isinstance(given, kind):
+                raise BadInput(f"{given!r} is no gradaccum.{kind.__name__}")
         self.model = model
         self.objective = objective
         self.budget = budget
@@ -254,7 +258,8 @@ def _scalar(loss: Any) -> Tensor:
 
 def _require_cleared(parameters: list[nn.Parameter]) -> None:
     """Drop gradients that are zero; refuse others. Only looking at zeros waits for the device."""
-    left = [p.grad for p in parameters if p.grad is not None]
+    found = [p.grad for p in parameters if p.grad is not None]
+    left = [grad.coalesce().values() if grad.is_sparse else grad for grad in found]
     if left and torch.nn.utils.get_total_norm(left) != 0:
         raise BadInput(
             f"{len(left)} parameters still hold gradients of an unfinished step",

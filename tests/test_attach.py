@@ -290,6 +290,30 @@ def test_resume_in_the_middle_of_an_epoch_is_bitwise(tmp_path, kind):
     assert resumed.state.total_flos == whole.state.total_flos > 0
 
 
+def test_collators_that_draw_random_numbers(tmp_path):
+    """They are no reason to refuse, draw once for each example, and resume bitwise."""
+    settings = {"save_strategy": "steps", "save_steps": 2, "num_train_epochs": 2}
+
+    def masking():
+        ours, _ = build(tmp_path, attach={"effective_batch_size": 16}, **settings)
+        collate = ours.data_collator
+
+        def masked(examples):
+            batch = collate(examples)
+            batch["labels"][torch.rand(batch["labels"].shape) < 0.3] = -100
+            return batch
+
+        ours.data_collator = masked
+        return ours
+
+    whole, resumed = masking(), masking()
+    whole.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
+    assert logged(resumed, "loss") == logged(whole, "loss")
+    for found, expected in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(found, expected)
+
+
 def test_resume_may_change_the_micro_batches(tmp_path):
     settings = {"save_strategy": "steps", "save_steps": 2, "num_train_epochs": 2}
     whole, _ = build(

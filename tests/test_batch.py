@@ -109,6 +109,19 @@ def test_the_form_of_a_batch_is_told_by_its_type(batch, kind, length):
     assert type(as_batch([torch.ones(4), torch.ones(4)], torch.stack)) is Listed
 
 
+def test_a_list_is_one_value_for_each_row_whatever_its_shapes():
+    """Three images of three channels: each list entry has as many rows as the batch."""
+    images = [torch.full((3, 2, 2), float(i)) for i in range(3)]
+    taken = Collated({"images": images, "y": torch.arange(3)}).take([2])
+    assert len(taken["images"]) == 1 and taken["images"][0][0, 0, 0] == 2
+    with pytest.raises(BadInput, match="one value for each row"):
+        Collated({"x": [torch.ones(3), torch.ones(3)], "y": torch.ones(3)}).take([0])
+
+
+def test_what_is_trimmed_is_contiguous():
+    assert Collated(collated(examples([3, 8]), extra=2)).take([0])["labels"].is_contiguous()
+
+
 def test_batches_without_rows_are_refused():
     with pytest.raises(BadInput, match="no tensor with a batch dimension"):
         as_batch({"a": 1}, None)

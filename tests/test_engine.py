@@ -310,6 +310,12 @@ def test_gradients_of_an_unfinished_step_are_detected():
     accumulator.backward(batch)
     with pytest.raises(BadInput, match="gradients of an unfinished step"):
         accumulator.backward(batch)
+    sparse = nn.Embedding(5, 2, sparse=True)
+    objective = gradaccum.Objective(lambda net, m: net(m["i"]).sum(), lambda m: len(m["i"]))
+    looked_up = gradaccum.Accumulator(sparse, objective, budget=Budget(examples=1))
+    looked_up.backward({"i": torch.arange(3)})
+    with pytest.raises(BadInput, match="gradients of an unfinished step"):
+        looked_up.backward({"i": torch.arange(3)})
     net.zero_grad(set_to_none=False)  # zeros are no leftovers
     accumulator.backward(batch)
     assert oracle.error(oracle.left_in(net), truth(net, collated(batch))) <= 1e-12
@@ -357,6 +363,8 @@ def test_wrong_objectives_are_refused():
     for loss, weight, error, match in cases:
         with pytest.raises(error, match=match):
             accumulated(net, batch, Budget(examples=2), gradaccum.Objective(loss, weight))
+    with pytest.raises(BadInput, match=r"512 is no gradaccum.Budget"):
+        gradaccum.Accumulator(net, gradaccum.causal_lm(), budget=512)
     with pytest.raises(BadInput, match="no examples"):
         accumulated(net, [], Budget(examples=2))
     with pytest.raises(BadInput, match="no 'labels'"):

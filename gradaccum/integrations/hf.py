@@ -128,8 +128,8 @@ class Attached(Trainer):
         if callable(switch):
             switch()
         accumulation = self.accumulation
-        batch = as_batch(inputs.examples, self.data_collator)
-        accumulation.window = self._prepare(model, batch)
+        accumulation.window = self._prepare(model, as_batch(inputs.examples, self.data_collator))
+        inputs.examples = []  # collated now; as Python lists they take several times the memory
         accumulation.last = self._accumulator(model).backward(accumulation.window)
         every = self.args.torch_empty_cache_steps
         if every is not None and self.state.global_step % every == 0:
