@@ -53,6 +53,11 @@ class Budget:
         return " and ".join(f"{bound:,} {unit}" for bound, unit in bounds if bound is not None)
 
 
+def count(num_micros: int) -> str:
+    """Return "1 micro-batch" or "37 micro-batches"."""
+    return f"{num_micros:,} micro-batch{'es' if num_micros != 1 else ''}"
+
+
 class Micro(NamedTuple):
     """Name the examples of one micro-batch by their positions in the effective batch.
 
@@ -155,8 +160,7 @@ class Step:
     def __str__(self) -> str:
         weight = self.weight
         total = sum(weight.values()) if isinstance(weight, dict) else weight
-        cut = f"{self.num_micros:,} micro-batch{'es' if self.num_micros != 1 else ''}"
-        parts = [f"loss {self.loss:.4f}", f"{total:,.0f} {self.unit} in {cut}"]
+        parts = [f"loss {self.loss:.4f}", f"{total:,.0f} {self.unit} in {count(self.num_micros)}"]
         if not total:
             parts.append(f"no {self.unit}: the gradients are zero")
         parts += [f"not finite: examples {list(micro.examples)}" for micro in self.nonfinite]
@@ -183,7 +187,7 @@ class Proof:
 
     def __str__(self) -> str:
         return (
-            f"{self.num_examples} examples, {self.num_micros} micro-batches accumulated against "
+            f"{self.num_examples} examples, {count(self.num_micros)} accumulated against "
             f"one full batch: relative gradient error {self.relative_error:.1e} "
             f"(rounding alone: {self.floor:.1e})"
         )

@@ -141,6 +141,14 @@ def test_local_formats(model_dir, tmp_path, kind):
     assert run(model_dir, path, tmp_path / "out", max_steps=1, effective_batch_size=3) == 0
 
 
+def test_messages_with_the_embedded_model(tmp_path):
+    path = tmp_path / "chat.jsonl"
+    turns = [{"role": "user", "content": "hi there"}, {"role": "assistant", "content": "hello"}]
+    path.write_text((json.dumps({"messages": turns}) + "\n") * 6)
+    flags = {"dataset_name": path, "output_dir": tmp_path / "out", "max_steps": 1}
+    assert train("--assistant_only_loss", **flags) == 0
+
+
 def test_a_config_file_gives_defaults_that_flags_override(model_dir, data_file, tmp_path, capfd):
     config = tmp_path / "run.yaml"
     config.write_text(f"model_name_or_path: {model_dir}\neffective_batch_size: 6\nmax_steps: 1\n")
@@ -208,7 +216,7 @@ def test_wrong_input_exits_with_2_before_any_work(name, model_dir, tmp_path, cap
     assert main(["train", *words]) == 2
     shown = capfd.readouterr()
     assert shown.out == "" and message in shown.err and "Traceback" not in shown.err
-    assert not list(tmp_path.glob("out/*"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_unknown_flags_name_the_nearest(capfd):

@@ -19,6 +19,11 @@ from tokenizers import ByteLevelBPETokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 _SKIPPED = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "__pycache__"}
+_CHAT_TEMPLATE = """\
+{% for message in messages %}{{ message['role'] }}: {% if message['role'] == 'assistant' %}\
+{% generation %}{{ message['content'] }}{{ eos_token }}{% endgeneration %}\
+{% else %}{{ message['content'] }}{% endif %}
+{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"""
 # Merges are found from this much text; more changes few of them and takes as much longer.
 _TOKENIZER_CHARS = 4_000_000
 
@@ -91,6 +96,7 @@ def tokenizer(texts: Iterable[str], *, vocab_size: int = 8192) -> PreTrainedToke
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=backend._tokenizer,
+        chat_template=_CHAT_TEMPLATE,
         pad_token="<pad>",
         eos_token="<eos>",
         unk_token="<unk>",

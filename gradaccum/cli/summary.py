@@ -106,7 +106,7 @@ def summarise(trainer: Any, arguments: Arguments, output: Path, metrics: Metrics
     if losses:
         print(
             f"loss      {summary['loss_before']:.4f} -> {summary['loss_after']:.4f} "
-            f"(means of the first and the last {edge} steps)"
+            f"(means of the first and the last {edge} step{'s' if edge > 1 else ''})"
         )
     print(f"proof     {proof or 'skipped: the full batch does not fit into memory at once'}")
     print(f"saved     {output}, metrics in {output / 'metrics.jsonl'}")

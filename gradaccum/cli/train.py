@@ -4,6 +4,7 @@ The trainer, its data preparation and its checkpoints are TRL's and transformers
 input, attaches the accumulation, says what happens and proves the gradient on one batch.
 """
 
+import contextlib
 import signal
 import warnings
 from collections.abc import Iterable
@@ -37,7 +38,12 @@ def run(words: list[str]) -> int:
     output = _output_directory(arguments, resume)
     arguments.training.output_dir = str(output)
     say("gradaccum train")
-    trainer = _trainer(arguments, output)
+    try:
+        trainer = _trainer(arguments, output)
+    except BadInput:
+        with contextlib.suppress(OSError):  # something is in it: leave it
+            output.rmdir()
+        raise
     stop, metrics = StopOnSignal(), Metrics(trainer.accumulation, output / "metrics.jsonl")
     trainer.add_callback(Progress(trainer.accumulation, _num_samples(trainer)))
     trainer.add_callback(metrics)
