@@ -209,6 +209,12 @@ def _num_rows(tree: Any, otherwise: int | None = None) -> int:
     leaves = list(_leaves(tree, lists=False))
     counts = {key: leaf.shape[0] for key, leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim}
     counts = counts or {key: len(leaf) for key, leaf in leaves if isinstance(leaf, list) and leaf}
+    named = {"labels", "input_ids", "attention_mask"} & counts.keys()
+    if not named and len(set(counts.values())) > 1:
+        raise BadInput(
+            f"the first dimensions of the batch disagree ({counts}), so its rows are not known",
+            hint="pass a list of examples; constants belong into the objective, not the batch",
+        )
     for key in ("labels", "input_ids", "attention_mask", *counts):
         if key in counts:
             return counts[key]
@@ -272,14 +278,14 @@ def _map_rows(
         return {key: _map_rows(value, num_rows, rows, other) for key, value in tree.items()}
     if isinstance(tree, tuple):
         return _rebuild(tree, [_map_rows(value, num_rows, rows, other) for value in tree])
+    if isinstance(tree, list) and num_rows > 1 and any(map(is_rows, tree)):
+        raise BadInput(
+            f"a list of {len(tree)} holds tensors whose first dimension is {num_rows}, the number "
+            "of rows: it may be one value for each row, or parts that all have these rows",
+            hint="make parts a tuple; give values of rows as a list of examples",
+        )
     if isinstance(tree, list) and len(tree) == num_rows:
         return rows(tree)
-    if isinstance(tree, list) and any(map(is_rows, tree)):
-        raise BadInput(
-            f"a list of {len(tree)} holds tensors of {num_rows} rows; a list in a batch has one "
-            "value for each row",
-            hint="make it a tuple",
-        )
     return other(tree)
 
 

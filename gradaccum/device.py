@@ -3,6 +3,7 @@
 On the CPU memory is that of the process.
 """
 
+import functools
 import os
 import resource
 import sys
@@ -26,6 +27,7 @@ def peak_bytes(device: torch.device) -> int:
     return torch.get_device_module(device).max_memory_allocated(device)
 
 
+@functools.cache
 def total_bytes(device: torch.device) -> int:
     """Return the memory of the device in bytes; the machine's on the CPU."""
     if device.type == "cpu":

@@ -109,13 +109,20 @@ def test_the_form_of_a_batch_is_told_by_its_type(batch, kind, length):
     assert type(as_batch([torch.ones(4), torch.ones(4)], torch.stack)) is Listed
 
 
-def test_a_list_is_one_value_for_each_row_whatever_its_shapes():
-    """Three images of three channels: each list entry has as many rows as the batch."""
-    images = [torch.full((3, 2, 2), float(i)) for i in range(3)]
+def test_a_list_is_one_value_for_each_row_or_refused():
+    """Three images of three channels may be three rows, or three views of three rows."""
+    images = [torch.full((4, 2, 2), float(i)) for i in range(3)]
     taken = Collated({"images": images, "y": torch.arange(3)}).take([2])
     assert len(taken["images"]) == 1 and taken["images"][0][0, 0, 0] == 2
-    with pytest.raises(BadInput, match="one value for each row"):
-        Collated({"x": [torch.ones(3), torch.ones(3)], "y": torch.ones(3)}).take([0])
+    for count in (2, 3):
+        parts = [torch.ones(3, 4) for _ in range(count)]
+        with pytest.raises(BadInput, match="the number of rows"):
+            Collated({"x": parts, "y": torch.ones(3)}).take([0])
+
+
+def test_the_number_of_rows_is_not_guessed_from_the_order_of_keys():
+    with pytest.raises(BadInput, match="disagree"):
+        Collated({"prototypes": torch.ones(3, 4), "x": torch.ones(6, 4), "y": torch.ones(6)})
 
 
 def test_what_is_trimmed_is_contiguous():
