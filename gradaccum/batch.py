@@ -12,6 +12,7 @@ tuples only nest. All else is handed to every micro-batch untouched. A batch who
 are not laid out in rows therefore has to come as a list of examples.
 """
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -22,6 +23,20 @@ from gradaccum.errors import BadInput
 from gradaccum.types import IGNORE_INDEX
 
 Collate = Callable[[list[Any]], Any]
+
+# How the names of leaves begin that run along the tokens; another leaf may share a width by chance.
+TRIMMED = (
+    "input",
+    "attention_mask",
+    "labels",
+    "shift_labels",
+    "position_ids",
+    "token_type_ids",
+    "decoder",
+    "completion_mask",
+    "assistant_masks",
+    "special_tokens_mask",
+)
 
 
 class HostBatch(Protocol):
@@ -172,6 +187,8 @@ def _pad(key: str, values: list[Any]) -> Any:
         return torch.stack(tensors)
     if any(tensor.ndim != 1 for tensor in tensors):
         return tensors
+    dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
+    tensors = [tensor.to(dtype) for tensor in tensors]
     fill = IGNORE_INDEX if key == "labels" else 0
     return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=fill)
 
@@ -231,8 +248,9 @@ def _useful_columns(tree: Any, num_rows: int) -> dict[int, tuple[list[int], list
 
     A width is that of the second dimension of some leaves. It is trimmed only where that cannot
     change what the model computes: the padding is known from an attention mask of that width (or
-    from labels that no input shares the width with, as a decoder's do), no leaf has the width in
-    a dimension that we do not cut, and, on the left, the positions are given.
+    from labels that no input shares the width with, as a decoder's do), every leaf of the width
+    is one of `TRIMMED`, no leaf has the width in a dimension that we do not cut, and, on the left,
+    the positions are given.
     """
     leaves = [(k, leaf) for k, leaf in _leaves(tree) if isinstance(leaf, Tensor) and leaf.ndim > 1]
     useful: dict[int, tuple[list[int], list[int]]] = {}
@@ -248,8 +266,15 @@ def _useful_columns(tree: Any, num_rows: int) -> dict[int, tuple[list[int], list
         elsewhere = any(
             size == width for _, leaf in leaves for axis, size in enumerate(leaf.shape) if axis > 1
         )
+        unknown = any(not key.startswith(TRIMMED) for key in group)
         foreign = any(leaf.shape[0] not in (num_rows, 1) for leaf in group.values())
-        if not masks or elsewhere or foreign or any(mask.shape[0] != num_rows for mask in masks):
+        if (
+            not masks
+            or elsewhere
+            or unknown
+            or foreign
+            or any(mask.shape[0] != num_rows for mask in masks)
+        ):
             continue
         mask = torch.stack(masks).any(dim=0)
         if "labels" in group:  # a causal loss predicts the label of a column from the one before

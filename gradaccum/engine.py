@@ -97,6 +97,8 @@ class Accumulator:
         for given, kind in ((objective, Objective), (budget, Budget)):
             if not isinstance(given, kind):
                 raise BadInput(f"{given!r} is no gradaccum.{kind.__name__}")
+        if grad_dtype is not None and accumulate_dtype is None:
+            raise BadInput(f"grad_dtype={grad_dtype} needs an accumulate_dtype to be summed in")
         self.model = model
         self.objective = objective
         self.budget = budget

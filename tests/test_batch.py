@@ -59,6 +59,7 @@ def test_decoder_labels_are_trimmed_by_themselves():
 @pytest.mark.parametrize(
     "extra",
     [
+        {"history": torch.ones(2, 8)},
         {"mask_4d": torch.ones(2, 1, 8, 8)},
         {"table": torch.ones(5, 8)},
         {"hidden": torch.ones(2, 3, 8)},

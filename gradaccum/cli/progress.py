@@ -91,7 +91,9 @@ class Metrics(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        lines = self._path.read_text().splitlines() if self._path.exists() else []
+        if not self._path.exists():
+            return
+        lines = self._path.read_text().splitlines()
         kept = [line for line in lines if json.loads(line)["step"] <= state.global_step]
         self._samples = json.loads(kept[-1])["samples"] if kept else 0
         self._path.write_text("".join(line + "\n" for line in kept))
