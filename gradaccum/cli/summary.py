@@ -50,7 +50,8 @@ def describe(trainer: Any, arguments: Arguments, output: Path, resume: str | Non
     say(
         f"data      {arguments.script.dataset_name}{f' ({source})' if source else ''}: "
         f"{f'{count:,} examples' if count is not None else 'a stream'}, "
-        f"mean {statistics.fmean(lengths):,.0f} and longest {max(lengths):,} tokens"
+        f"mean {statistics.fmean(lengths):,.0f} and longest {max(lengths):,} tokens "
+        f"in the first {len(lengths):,}"
     )
     say(f"batch     {_batch_line(trainer, rows)}")
     if resume is not None:
