@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence, pad_sequence
 
 from gradaccum.errors import BadInput
 from gradaccum.types import IGNORE_INDEX
@@ -63,12 +64,26 @@ class Listed:
     def take(self, examples: Sequence[int]) -> Any:
         return self._collate([self._examples[i] for i in examples])
 
+    def settled(self, examples: Sequence[int]) -> HostBatch:
+        """Return these examples, the random numbers of their collator drawn for good.
+
+        Comparing two ways of running a batch needs the same inputs twice. Without random numbers
+        each micro-batch is collated by itself, as in training.
+        """
+        chosen = Listed([self._examples[i] for i in examples], self._collate)
+        once, again = self.take(examples), self.take(examples)
+        pairs = zip(_leaves(once), _leaves(again), strict=False)
+        if all(torch.equal(a, b) for (_, a), (_, b) in pairs if isinstance(a, Tensor)):
+            return chosen
+        drawn = Collated(once)
+        return drawn if len(drawn) == len(chosen) else chosen
+
 
 class Collated:
     """Hold collated tensors; slice the rows that are taken and trim the padding they share."""
 
     def __init__(self, tree: Any) -> None:
-        self._tree = tree
+        self._tree = tree = map_leaves(tree, _as_tensor)
         self._num_rows = _num_rows(tree)
         self._useful = _useful_columns(tree, self._num_rows)
 
@@ -136,13 +151,16 @@ def to_device(tree: Any, device: torch.device) -> Any:
 
 def map_tensors(tree: Any, function: Callable[[Tensor], Any]) -> Any:
     """Return the tree with `function` applied to every tensor; all other leaves stay."""
-    if isinstance(tree, Tensor):
-        return function(tree)
+    return map_leaves(tree, lambda leaf: function(leaf) if isinstance(leaf, Tensor) else leaf)
+
+
+def map_leaves(tree: Any, function: Callable[[Any], Any]) -> Any:
+    """Return the tree with `function` applied to all that is no dict, list or tuple."""
     if isinstance(tree, Mapping):
-        return {key: map_tensors(value, function) for key, value in tree.items()}
+        return {key: map_leaves(value, function) for key, value in tree.items()}
     if isinstance(tree, (list, tuple)):
-        return _rebuild(tree, [map_tensors(value, function) for value in tree])
-    return tree
+        return _rebuild(tree, [map_leaves(value, function) for value in tree])
+    return function(tree)
 
 
 def pad_collate(examples: list[Any]) -> Any:
@@ -190,7 +208,17 @@ def _pad(key: str, values: list[Any]) -> Any:
     dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
     tensors = [tensor.to(dtype) for tensor in tensors]
     fill = IGNORE_INDEX if key == "labels" else 0
-    return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=fill)
+    return pad_sequence(tensors, batch_first=True, padding_value=fill)
+
+
+def _as_tensor(leaf: Any) -> Any:
+    """Return arrays of NumPy as tensors, those of strings or objects as lists."""
+    if isinstance(leaf, Tensor) or not getattr(leaf, "shape", ()) or not hasattr(leaf, "tolist"):
+        return leaf
+    try:
+        return torch.as_tensor(leaf)
+    except TypeError:
+        return leaf.tolist()
 
 
 def _is_collated(batch: Sequence[Any]) -> bool:
@@ -299,6 +327,11 @@ def _map_rows(
 
     if is_rows(tree):
         return rows(tree)
+    if isinstance(tree, PackedSequence):
+        raise BadInput(
+            "a PackedSequence is not laid out in rows",
+            hint="pass a list of examples, and pack them in collate=",
+        )
     if isinstance(tree, Mapping):
         return {key: _map_rows(value, num_rows, rows, other) for key, value in tree.items()}
     if isinstance(tree, tuple):

@@ -57,8 +57,12 @@ class Accumulator:
     Dropout draws other masks for other splits, as it does for other seeds. BatchNorm in training
     mode has no exact accumulation and is refused, unless one micro-batch holds the whole batch.
 
+    In a batch that is collated already, every tensor whose first dimension is the number of rows
+    is sliced. Constants (class weights, prototypes) belong into the objective, not the batch.
+
     Args:
-        model: Any module. Frozen, tied and unused parameters are fine.
+        model: Any module that holds all parameters to train, those of a loss as well. Frozen,
+            tied and unused parameters are fine.
         objective: What is minimised, see `Objective`.
         budget: How large one micro-batch may be. May be set anew between two calls.
         collate: Turns a list of examples into a micro-batch; `pad_collate` if not given.
@@ -137,7 +141,8 @@ class Accumulator:
         Raises:
             BadInput: Gradients of an unfinished step are still there; the batch is empty.
             CountMismatch: `loss` and `weight` name different terms.
-            NotDecomposable: BatchNorm is in training mode and there are several micro-batches.
+            NotDecomposable: There are several micro-batches, and BatchNorm is in training mode or
+                a hook waits for accumulated gradients.
         """
         window = batch if isinstance(batch, Window) else self.prepare(batch)
         parameters = [p for p in self.model.parameters() if p.requires_grad]
@@ -146,14 +151,14 @@ class Accumulator:
         device = parameters[0].device
         self._warn_of_last()
         _require_cleared(parameters)
-        _refuse_batch_norm(self.model, len(window.micros))
+        _refuse_coupled(self.model, len(window.micros))
         stop = device_memory.stopwatch(device)
         late = None
         with _accumulating(parameters, self._accumulate_dtype, self._grad_dtype):
             ran, losses, reported = self._run(window, device)
             if window.totals is None:
                 late = torch.stack(reported).sum()
-                divisor = torch.where(late > 0, late, 1)
+                divisor = torch.where(late == 0, 1, late)
                 losses = losses / divisor
                 for p in parameters:
                     if p.grad is not None:
@@ -194,9 +199,9 @@ class Accumulator:
             if window.weights is None or any(window.weights[i].values()):
                 loss = self.objective.loss(self.model, to_device(inputs, device))
                 if window.weights is None or window.totals is None:
-                    part, weight = _with_weight(loss)
+                    part, weight = _with_weight(loss, device)
                     parts = [part]
-                    reported.append(weight.detach().to(device))
+                    reported.append(weight)
                 else:
                     parts = _parts(loss, window.weights[i], window.totals)
                 # Autocast is for forwards; its documentation advises against it in backward.
@@ -242,13 +247,22 @@ def _parts(loss: Any, weight: dict[str, float], totals: dict[str, float]) -> lis
     ]
 
 
-def _with_weight(loss: Any) -> tuple[Tensor, Tensor]:
+def _with_weight(loss: Any, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the sum and the weight that a loss reports: zero without weight, nan for no weight.
+
+    A weight below zero becomes nan, and with it the loss and the gradients: refusing it would
+    have to wait for the device.
+    """
     if not (isinstance(loss, tuple) and len(loss) == 2):
         raise CountMismatch(
             "the objective has no weight, and its loss does not return (sum, weight)",
             hint="several terms need weights that are known before the forward",
         )
-    return _scalar(loss[0]), torch.as_tensor(loss[1])
+    wide = torch.float32 if device.type == "mps" else torch.float64  # bf16 counts to 256
+    weight = torch.as_tensor(loss[1]).detach().to(device, wide)
+    weight = torch.where(weight < 0, torch.nan, weight)
+    total = _scalar(loss[0])
+    return torch.where(weight.to(total.device) == 0, 0, total), weight
 
 
 def _scalar(loss: Any) -> Tensor:
@@ -271,9 +285,17 @@ def _require_cleared(parameters: list[nn.Parameter]) -> None:
         p.grad = None
 
 
-def _refuse_batch_norm(model: nn.Module, num_micros: int) -> None:
+def _refuse_coupled(model: nn.Module, num_micros: int) -> None:
+    """Refuse what would see each micro-batch where it should see the whole batch."""
     if num_micros == 1:
         return
+    for name, p in model.named_parameters():
+        if getattr(p, "_post_accumulate_grad_hooks", None):
+            raise NotDecomposable(
+                f"a hook on {name} runs whenever a gradient is accumulated (an optimizer that "
+                f"steps inside backward?), at each of the {num_micros} micro-batches",
+                hint="remove it, and step once after backward(batch)",
+            )
     found = [
         name
         for name, module in model.named_modules()
@@ -293,13 +315,12 @@ def _accumulating(
     parameters: list[nn.Parameter], wide: torch.dtype | None, hand_over: torch.dtype | None
 ) -> Iterator[None]:
     """Let gradients add up in a wider dtype inside; hand them over rounded once on leaving."""
-    own = {
-        p: p.grad_dtype
-        for p in parameters
-        if wide is not None and torch.finfo(p.dtype).bits < torch.finfo(wide).bits
-    }
-    for p in own:
-        p.grad_dtype = wide
+    own = {}
+    for p in parameters:
+        is_narrow = wide is not None and torch.finfo(p.dtype).bits < torch.finfo(wide).bits
+        if is_narrow or hand_over is not None:
+            own[p] = p.grad_dtype
+            p.grad_dtype = wide if is_narrow else p.dtype
     try:
         yield
     except BaseException:

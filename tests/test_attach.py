@@ -6,9 +6,9 @@ import math
 import pytest
 import torch
 import transformers
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
-from trl import SFTConfig, SFTTrainer
+from trl import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
 import gradaccum
 from gradaccum.errors import BadInput, NotDecomposable
@@ -202,6 +202,35 @@ def test_subclasses_keep_their_compute_loss(tmp_path):
     assert ours.calls == sum(event == "substep" for event in found.events) + 3
 
 
+def test_a_loss_that_needs_the_count_is_given_it(tmp_path):
+    class Needs(Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            labels = inputs.pop("labels")
+            logits = model(**inputs).logits[:, :-1].flatten(0, 1)
+            labels = labels[:, 1:].flatten()
+            total = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+            return total / float(num_items_in_batch)
+
+    big, expected = build(tmp_path, trainer=Needs, per_device_train_batch_size=16)
+    ours, found = build(tmp_path, trainer=Needs, attach={"effective_batch_size": 16})
+    big.train(), ours.train()
+    same(ours, big, found, expected)
+
+
+def test_rows_of_one_token_train_nothing_at_first(tmp_path):
+    rows = token_rows(16)
+    short = Dataset.from_list([{"input_ids": [5], "labels": [5]}] * 8)
+    data = concatenate_datasets([short, rows])
+    settings = {"data": data, "train_sampling_strategy": "sequential"}
+    ours, record = build(tmp_path, attach={"effective_batch_size": 8}, **settings)
+    with pytest.warns(UserWarning, match="no trained tokens"):
+        ours.train()
+    big, expected = build(tmp_path, per_device_train_batch_size=8, **settings | {"data": rows})
+    big.train()
+    assert all((g == 0).all() for g in record.gradients[0].values())
+    assert oracle.error(record.gradients[1], expected.gradients[0]) <= 1e-6
+
+
 def test_lora(tmp_path):
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
@@ -336,6 +365,43 @@ def test_resume_may_change_the_micro_batches(tmp_path):
     assert oracle.error(*pairs) <= 1e-6
 
 
+def test_resume_with_another_effective_batch_is_refused(tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 2}
+    first, _ = build(tmp_path, attach={"effective_batch_size": 8}, **settings)
+    first.train()
+    checkpoint = str(tmp_path / "out" / "checkpoint-2")
+    other, _ = build(tmp_path, attach={"effective_batch_size": 10}, **settings)
+    with pytest.raises(BadInput, match="effective batch of 8 examples, and this run has 10"):
+        other.train(resume_from_checkpoint=checkpoint)
+    anew, _ = build(
+        tmp_path, attach={"effective_batch_size": 10}, ignore_data_skip=True, **settings
+    )
+    anew.train(resume_from_checkpoint=checkpoint)
+    assert anew.state.global_step == 4
+
+
+def test_checkpoints_go_from_stock_to_attached_and_back(tmp_path):
+    stock = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    settings = stock | {"save_strategy": "steps", "save_steps": 1, "num_train_epochs": 1}
+    first, _ = build(tmp_path, **settings)
+    first.train()
+    for number, attach in ((2, {}), (3, None)):
+        other, _ = build(tmp_path, attach=attach, **settings)
+        other.train(resume_from_checkpoint=str(tmp_path / "out" / f"checkpoint-{number}"))
+        assert other.state.global_step == 5
+
+
+def test_a_trainer_can_be_attached_after_it_has_trained(tmp_path):
+    big, expected = build(tmp_path, per_device_train_batch_size=16)
+    ours, found = build(tmp_path, per_device_train_batch_size=16)
+    for trainer in (big, ours):
+        trainer.train()
+    gradaccum.attach(ours, budget=gradaccum.Budget(examples=3))
+    for trainer in (big, ours):
+        trainer.train()
+    same(ours, big, found, expected)
+
+
 def test_stream_without_length_steps_on_its_tail(tmp_path):
     """TRAPS 12: 22 examples in windows of 8 are steps of 8, 8 and 6, in every epoch."""
     rows = token_rows(22)
@@ -392,6 +458,29 @@ def test_the_proof_leaves_the_run_as_it_was(tmp_path):
     assert torch.equal(rng, torch.get_rng_state()) and metrics == ours._metrics
     assert all(torch.equal(v, before[k]) for k, v in ours.model.state_dict().items())
     assert all(p.grad is None for p in ours.model.parameters()) and ours.model.training
+
+
+def test_the_proof_of_a_random_collator_compares_like_with_like(tmp_path):
+    ours, _ = build(tmp_path, attach={"effective_batch_size": 16})
+    collate = ours.data_collator
+
+    def masked(examples):
+        batch = collate(examples)
+        batch["labels"][torch.rand(batch["labels"].shape) < 0.3] = -100
+        return batch
+
+    ours.data_collator = masked
+    rng = torch.get_rng_state()
+    proof = ours.proof([ours.train_dataset[i] for i in range(16)])
+    assert 0 < proof.relative_error < 1e-6 and proof.num_micros > 1
+    assert torch.equal(rng, torch.get_rng_state())
+
+
+def test_the_proof_never_compares_a_batch_with_itself(tmp_path):
+    settings = {"effective_batch_size": 6, "budget": gradaccum.Budget(examples=6)}
+    ours, _ = build(tmp_path, attach=settings)
+    proof = ours.proof([ours.train_dataset[i] for i in range(6)])
+    assert proof.num_micros == 2 and 0 < proof.relative_error < 1e-6
 
 
 def bert(cls, **kwargs):
@@ -487,6 +576,28 @@ def test_wrong_arguments_are_refused_at_once(tmp_path):
         gradaccum.attach(shrinking)
 
 
+def test_trainers_without_labels_are_refused_by_name(tmp_path):
+    pairs = [{"chosen": f"w{i} w9 w8", "rejected": f"w{i} w7"} for i in range(3, 11)]
+    config = llama().config
+    config.num_labels = 1
+    reward = RewardTrainer(
+        model=transformers.LlamaForSequenceClassification(config),
+        args=RewardConfig(
+            output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to=[], max_length=20
+        ),
+        train_dataset=Dataset.from_list(pairs),
+        processing_class=tokenizer(),
+    )
+    with pytest.raises(NotDecomposable, match="the batches of RewardTrainer have no labels"):
+        gradaccum.attach(reward).train()
+
+
+def test_data_that_drop_last_would_drop_whole_are_refused(tmp_path):
+    ours, _ = build(tmp_path, attach={"effective_batch_size": 41}, dataloader_drop_last=True)
+    with pytest.raises(BadInput, match="fewer examples than the effective batch of 41"):
+        ours.train()
+
+
 def test_foreign_dataloaders_are_refused(tmp_path):
     class Own(Trainer):
         def get_train_dataloader(self):
@@ -494,6 +605,11 @@ def test_foreign_dataloaders_are_refused(tmp_path):
                 self.train_dataset, batch_size=2, collate_fn=self.data_collator
             )
 
-    ours, _ = build(tmp_path, attach={"effective_batch_size": 4}, trainer=Own)
-    with pytest.raises(BadInput, match="makes batches of 2 where a step takes 4"):
-        ours.train()
+    class Prepared(Own):
+        def get_train_dataloader(self):
+            return self.accelerator.prepare(super().get_train_dataloader())
+
+    for trainer in (Own, Prepared):
+        ours, _ = build(tmp_path, attach={"effective_batch_size": 4}, trainer=trainer)
+        with pytest.raises(BadInput, match="makes batches of 2 where a step takes 4"):
+            ours.train()

@@ -2,6 +2,7 @@
 
 from collections import namedtuple
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -130,7 +131,17 @@ def test_what_is_trimmed_is_contiguous():
     assert Collated(collated(examples([3, 8]), extra=2)).take([0])["labels"].is_contiguous()
 
 
+def test_arrays_of_numpy_are_rows_like_tensors():
+    batch = {"x": np.arange(6).reshape(3, 2), "name": np.array(["a", "b", "c"]), "y": torch.ones(3)}
+    taken = Collated(batch | {"scale": np.float32(2)}).take([2, 0])
+    assert taken["x"].tolist() == [[4, 5], [0, 1]]
+    assert taken["name"] == ["c", "a"] and taken["scale"] == 2
+
+
 def test_batches_without_rows_are_refused():
+    packed = torch.nn.utils.rnn.pack_sequence([torch.ones(2), torch.ones(1)])
+    with pytest.raises(BadInput, match="PackedSequence"):
+        as_batch({"x": packed, "labels": torch.ones(2)}, None).take([0])
     with pytest.raises(BadInput, match="no tensor with a batch dimension"):
         as_batch({"a": 1}, None)
     with pytest.raises(BadInput, match="no examples"):

@@ -352,6 +352,53 @@ def test_batch_norm_is_refused_by_name_unless_the_batch_is_whole():
     accumulated(net.eval(), batch, Budget(examples=2), objective)
 
 
+def test_what_waits_for_accumulated_gradients_is_refused():
+    net, batch = nn.Linear(2, 1), {"x": torch.ones(4, 2)}
+    objective = gradaccum.Objective(lambda n, m: n(m["x"]).sum(), lambda m: len(m["x"]))
+    optimizer = torch.optim.SGD([net.weight], lr=1.0)
+    net.weight.register_post_accumulate_grad_hook(lambda _: optimizer.step())
+    with pytest.raises(NotDecomposable, match=r"hook on weight .* at each of the 2 micro-batches"):
+        accumulated(net, batch, Budget(examples=2), objective)
+    accumulated(net, batch, Budget(examples=4), objective)
+
+
+@pytest.mark.parametrize("reported", [-1.0, float("nan")])
+def test_a_weight_that_is_reported_wrong_is_not_hidden(reported):
+    net, batch = nn.Linear(2, 1), {"x": torch.ones(4, 2)}
+    objective = gradaccum.Objective(
+        lambda n, m: (n(m["x"]).sum(), torch.tensor(reported)), weight=None
+    )
+    found, step = accumulated(net, batch, Budget(examples=2), objective)
+    assert len(step.nonfinite) == 2 and found["weight"].isnan().all()
+
+
+def test_reported_weights_are_summed_wide_and_zero_adds_zero():
+    """1,000 weights of 3 in bf16 would stop adding up at 1,024."""
+    net, batch = nn.Linear(2, 1).double(), {"x": torch.randn(1000, 2).double()}
+
+    def loss(net, micro):
+        part = net(micro["x"]).square().sum()
+        is_first = (micro["x"] == batch["x"][0]).all()
+        return part, torch.where(is_first, 0.0, 3.0).bfloat16()
+
+    found, step = accumulated(
+        net, batch, Budget(examples=1), gradaccum.Objective(loss, weight=None)
+    )
+    assert step.weight == 2997
+    rest = net(batch["x"][1:]).square().sum()
+    expected = oracle.gradients(net, {"loss": rest}, {"loss": 2997})
+    assert oracle.error(found, expected) <= 1e-12
+
+
+def test_gradients_are_handed_over_in_the_dtype_that_was_asked_for():
+    net, batch = model(dtype=torch.float32), examples([5, 9, 3])
+    exact, _ = accumulated(copy.deepcopy(net), batch, Budget(examples=1))
+    for _ in range(2):  # the second window finds grad_dtype as the first has left it
+        found, _ = accumulated(net, batch, Budget(examples=1), grad_dtype=torch.bfloat16)
+        assert found["embed.weight"].dtype == torch.bfloat16
+        assert torch.equal(found["embed.weight"], exact["embed.weight"].bfloat16())
+
+
 def test_wrong_objectives_are_refused():
     net, batch = nn.Linear(2, 1), {"x": torch.ones(4, 2)}
     cases = [

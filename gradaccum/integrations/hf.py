@@ -10,6 +10,7 @@ refused. What TRL needs besides is in `trl.py`.
 """
 
 import copy
+import dataclasses
 import functools
 import importlib
 import itertools
@@ -21,11 +22,19 @@ import torch
 from accelerate.utils.memory import clear_device_cache
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainingArguments
+from transformers import (
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import has_length
 from transformers.training_args import OptimizerNames
 
 from gradaccum import contract, verify
-from gradaccum.batch import HostBatch, as_batch
+from gradaccum.batch import HostBatch, Listed
 from gradaccum.engine import Accumulator, Window
 from gradaccum.errors import BadInput, NotDecomposable
 from gradaccum.objective import Objective, length
@@ -85,6 +94,34 @@ class Accumulation:
         return Budget(tokens=min(tokens, CPU_TOKENS) if self.device.type == "cpu" else tokens)
 
 
+class SameBatch(TrainerCallback, ExportableState):
+    """Keep the effective batch size in checkpoints, and refuse to resume with another one.
+
+    A resumed trainer skips as many batches as it has made steps, so batches of another size would
+    skip examples or repeat them.
+    """
+
+    def __init__(self, effective_batch_size: int) -> None:
+        self._size = effective_batch_size
+
+    def state(self) -> dict[str, Any]:
+        return {"args": {}, "attributes": {"effective_batch_size": self._size}}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        # A checkpoint of a trainer that was not attached has no entry; saving expects one.
+        kept: Any = state.stateful_callbacks
+        entry = kept.setdefault(type(self).__name__, self.state())
+        saved = entry["attributes"]["effective_batch_size"]
+        if saved != self._size and not args.ignore_data_skip:
+            raise BadInput(
+                f"the checkpoint was made with an effective batch of {saved} examples, and this "
+                f"run has {self._size}: it would skip examples or repeat them",
+                hint=f"resume with {saved}, or set ignore_data_skip to begin the data anew",
+            )
+
+
 class Attached(Trainer):
     """Override the documented hooks of Trainer; mixed in before the trainer's own class."""
 
@@ -98,12 +135,19 @@ class Attached(Trainer):
             _replaced(config, "dispatch_batches", False),
         ):
             loader = super().get_train_dataloader()
-        size = getattr(loader, "batch_size", None)
+        size = getattr(loader, "total_batch_size", getattr(loader, "batch_size", None))
         if size is not None and size != self.accumulation.effective_batch_size:
             raise BadInput(
                 f"{type(self).__name__}.get_train_dataloader makes batches of {size} where a step "
                 f"takes {self.accumulation.effective_batch_size} examples",
                 hint="let it use batch_size=self.args.train_batch_size",
+            )
+        is_sized = has_length(getattr(loader, "dataset", None))
+        if self.args.dataloader_drop_last and is_sized and not len(loader):
+            raise BadInput(
+                "dataloader_drop_last drops all of the data, which has fewer examples than the "
+                f"effective batch of {self.accumulation.effective_batch_size}",
+                hint="leave out dataloader_drop_last: a smaller last batch is exact too",
             )
         return loader
 
@@ -128,7 +172,7 @@ class Attached(Trainer):
         if callable(switch):
             switch()
         accumulation = self.accumulation
-        accumulation.window = self._prepare(model, as_batch(inputs.examples, self.data_collator))
+        accumulation.window = self._prepare(model, Listed(inputs.examples, self.data_collator))
         inputs.examples = []  # collated now; as Python lists they take several times the memory
         accumulation.last = self._accumulator(model).backward(accumulation.window)
         every = self.args.torch_empty_cache_steps
@@ -153,21 +197,29 @@ class Attached(Trainer):
         """
         model = self.model_wrapped
         assert isinstance(model, nn.Module), "a trainer has a model"
-        window = self._prepare(model, as_batch(examples, self.data_collator))
         accumulator = self._accumulator(model)
-        accumulator.budget = Budget(examples=len(examples))
         with self._aside(model):
+            batch = Listed(examples, self.data_collator)
+            self._prepare(model, batch)  # measures the loss if no step has
+            settled = batch.settled(range(len(examples)))
+            accumulated = accumulator.prepare(settled)
+            if len(accumulated.micros) == 1 < len(examples):  # that would compare it with itself
+                accumulator.budget = Budget(examples=-(-len(examples) // 2))
+                accumulated = accumulator.prepare(settled)
+            accumulator.budget = Budget(examples=len(examples))
+            full = accumulator.prepare(settled)
+            turned = settled.take(full.micros[0].examples[::-1])
             error, floor = (
                 verify.gradient_difference(
                     model,
                     functools.partial(accumulator.backward, other),
-                    functools.partial(accumulator.backward, examples),
+                    functools.partial(accumulator.backward, full),
                 )
-                for other in (window, examples[::-1])
+                for other in (accumulated, dataclasses.replace(full, inputs=(turned,)))
             )
-        return Proof(error, floor, len(examples), len(window.micros))
+        return Proof(error, floor, len(examples), len(accumulated.micros))
 
-    def _prepare(self, model: nn.Module, batch: HostBatch) -> Window:
+    def _prepare(self, model: nn.Module, batch: Listed) -> Window:
         """Cut and count a batch, once it is known what the loss divides by."""
         accumulation, accumulator = self.accumulation, self._accumulator(model)
         accumulator.budget = accumulation.budget_for(batch)
@@ -220,7 +272,7 @@ class Attached(Trainer):
         if self.is_in_train and window is not None and micro is not window.micros[-1]:
             self.control = self.callback_handler.on_substep_end(self.args, self.state, self.control)
 
-    def _measure(self, model: nn.Module, batch: HostBatch) -> tuple[contract.Counter, ...]:
+    def _measure(self, model: nn.Module, batch: Listed) -> tuple[contract.Counter, ...]:
         """Find out what the loss is divided by; refuse it if it is no sum over the examples."""
 
         def loss(inputs: Any, count: float | None) -> Tensor:
@@ -230,19 +282,32 @@ class Attached(Trainer):
         low = {torch.float16, torch.bfloat16}
         is_low = self.args.bf16 or self.args.fp16 or any(p.dtype in low for p in model.parameters())
         with self._aside(model):
+            keys = set(batch.take([0]))
+            if not keys & {"labels", "shift_labels"}:
+                raise NotDecomposable(
+                    f"the batches of {type(self).__name__} have no labels (they have "
+                    f"{', '.join(sorted(keys))}), so it is not known what its loss is divided by",
+                    hint="attach works so far with losses of labelled tokens",
+                )
             return contract.consistent_counters(
                 loss,
                 batch,
                 tolerance=3e-2 if is_low else 1e-4,
                 name=f"the loss of {type(self.accelerator.unwrap_model(model)).__name__}",
-                # A loss function of the user's divides by what the trainer counts, by definition.
-                counters=(self._own_count,) if self.compute_loss_func else contract.COUNTERS,
+                counters=(self._own_count,) if self._is_own_loss() else contract.COUNTERS,
             )
+
+    def _is_own_loss(self) -> bool:
+        """Tell whether the loss is the user's code, which divides by what the trainer counts."""
+        module = getattr(self.compute_loss, "__module__", "")
+        accepts = self.model_accepts_loss_kwargs  # else a trainer passes no count to compute_loss
+        overridden = not module.startswith(("transformers.", "trl.")) and accepts
+        return self.compute_loss_func is not None or overridden
 
     def _own_count(self, inputs: Any) -> Tensor | int:
         count = super().get_batch_samples(iter([inputs]), 1, torch.device("cpu"))[1]
         if count is None:
-            raise NotDecomposable("the trainer finds no labels to count for compute_loss_func")
+            raise NotDecomposable("the trainer finds no labels to count for its loss")
         return count
 
     @contextmanager
@@ -262,8 +327,7 @@ def attach(
     batch, `gradient_accumulation_steps` is 1, and a loss that is not finite is logged as it is.
 
     Args:
-        trainer: A `transformers.Trainer` or any subclass, TRL's `SFTTrainer` among them, that has
-            not begun to train.
+        trainer: A `transformers.Trainer` or any subclass, TRL's `SFTTrainer` among them.
         effective_batch_size: Examples in one step; by default what the arguments mean,
             `per_device_train_batch_size * gradient_accumulation_steps`. Any number of at least 1.
         budget: How large a micro-batch may be; by default as many tokens as
@@ -296,6 +360,7 @@ def attach(
     _refuse_arguments(trainer, args)
     accumulation = Accumulation(size, budget, args.train_batch_size, args.device)
     trainer.accumulation = accumulation  # pyright: ignore[reportAttributeAccessIssue]
+    trainer.add_callback(SameBatch(size))
     trainer.args = copy.copy(args)
     trainer.args.per_device_train_batch_size = trainer._train_batch_size = size
     trainer.args.gradient_accumulation_steps = 1
