@@ -71,6 +71,9 @@ def test_json_goes_to_stdout_alone(model_dir, data_file, tmp_path, capfd):
     assert run(model_dir, data_file, tmp_path / "out", "--json", max_steps=2) == 0
     summary = json.loads(capfd.readouterr().out)
     assert summary["steps"] == 2 and summary["samples"] == 20
+    flags = {"max_steps": 1, "effective_batch_size": 32}
+    assert run(model_dir, data_file, tmp_path / "few", **flags) == 0
+    assert "only 30 examples, and each step takes those" in capfd.readouterr().err
     assert 0 < summary["proof"]["relative_error"] < 1e-6
 
 
@@ -82,6 +85,8 @@ def test_resume_continues_the_very_run(model_dir, data_file, tmp_path, capfd):
     assert run(model_dir, data_file, halves, max_steps=4, lr_scheduler_type="constant") == 2
     assert "is not empty, and nothing is overwritten" in capfd.readouterr().err
     settings |= {"max_steps": 4, "resume_from_checkpoint": "last"}
+    assert run(model_dir, data_file, halves, **settings | {"effective_batch_size": 5}) == 2
+    assert "effective batch of 10 examples, and this run has 5" in capfd.readouterr().err
     assert run(model_dir, data_file, halves, **settings) == 0
     one, other = (AutoModelForCausalLM.from_pretrained(p) for p in (whole, halves))
     for (name, a), b in zip(one.named_parameters(), other.parameters(), strict=True):
@@ -187,6 +192,16 @@ WRONG = {
     ),
     "a directory that is no model": ({"model_name_or_path": "{here}"}, "has no config.json"),
     "no such checkpoint": ({"resume_from_checkpoint": "{here}"}, "is no checkpoint"),
+    "no epoch": ({"num_train_epochs": 0, "max_steps": -1}, "--num_train_epochs 0.0 is not above 0"),
+    "no step": ({"max_steps": 0}, "--max_steps 0 is below 1"),
+    "a negative learning rate": ({"learning_rate": -1}, "Invalid learning rate: -1.0"),
+    "a shrinking batch": ({"auto_find_batch_size": True}, "--budget says how large"),
+    "strategies that do not match": ({"load_best_model_at_end": True}, "but found - Evaluation"),
+    "tokens of another model": (
+        {"dataset_name": "{foreign}"},
+        "hold the token id 64, and the model",
+    ),
+    "rows of one token": ({"dataset_name": "{short}"}, "every label of the data is masked"),
     "no such config": ({"config": "none.yaml"}, "No such file"),
 }
 
@@ -197,10 +212,13 @@ def test_wrong_input_exits_with_2_before_any_work(name, model_dir, tmp_path, cap
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     files = {name: tmp_path / name for name in ("kind.xyz", "malformed.jsonl", "empty.jsonl")}
     files |= {name: tmp_path / name for name in ("blank.txt", "columns.jsonl", "pairs.jsonl")}
+    files |= {name: tmp_path / name for name in ("foreign.jsonl", "short.jsonl")}
     files["kind.xyz"].write_text("x")
     files["malformed.jsonl"].write_text('{"prompt": "a", "completion": "b"}\n{"prompt": oops\n')
     files["empty.jsonl"].touch()
     files["blank.txt"].write_text("\n \n")
+    files["foreign.jsonl"].write_text('{"input_ids": [1, 64]}\n')
+    files["short.jsonl"].write_text('{"input_ids": [5]}\n' * 2)
     files["columns.jsonl"].write_text('{"question": "a", "answer": "b"}\n')
     prompts(9).filter(lambda row: len(row["prompt"]) > 9).to_json(files["pairs.jsonl"])
     places = {path.stem: str(path) for path in files.values()} | {"here": str(tmp_path)}
@@ -211,8 +229,7 @@ def test_wrong_input_exits_with_2_before_any_work(name, model_dir, tmp_path, cap
         "max_steps": 1,
     }
     flags = {k: v.format(**places) if isinstance(v, str) else v for k, v in flags.items()}
-    words = [f"--{k}={v}" for k, v in (common | flags).items() if k != "config"]
-    words += ["--config", flags["config"]] if "config" in flags else []
+    words = [f"--{k}={v}" for k, v in (common | flags).items()]
     assert main(["train", *words]) == 2
     shown = capfd.readouterr()
     assert shown.out == "" and message in shown.err and "Traceback" not in shown.err

@@ -79,6 +79,7 @@ def parse(words: list[str]) -> Arguments | None:
     if "--help-all" in words:
         parser.print_help(sys.stdout)
         return None
+    words = [part for word in words for part in _config_apart(word)]
     given = _given(words)
     parser.set_defaults(model_name_or_path="embedded", dataset_name="embedded")
     if "model_name_or_path" not in given:
@@ -93,10 +94,18 @@ def parse(words: list[str]) -> Arguments | None:
             words, return_remaining_strings=True
         )
     except ValueError as error:
-        raise error if isinstance(error, BadInput) else BadInput(str(error)) from error
+        if isinstance(error, BadInput):
+            raise
+        raise BadInput(" ".join(str(error).split())) from error  # some messages are lists
     _refuse_unknown([word for word in unknown if word.startswith("-")] or unknown, flags)
+    _refuse_values(training)
     size = _effective_batch_size(own.effective_batch_size, training, given)
     return Arguments(script, training, model, size, _budget(own.budget), own.json, given)
+
+
+def _config_apart(word: str) -> list[str]:
+    """Return --config=FILE as the two words that TRL's parser knows."""
+    return word.split("=", 1) if word.startswith("--config=") else [word]
 
 
 def _given(words: list[str]) -> frozenset[str]:
@@ -121,7 +130,26 @@ def _refuse_unknown(unknown: Iterable[str], flags: set[str]) -> None:
         name = word.split("=")[0]
         near = difflib.get_close_matches(name, sorted(flags), n=1)
         raise BadInput(
-            f"there is no flag {name}", hint=f"did you mean {near[0]}?" if near else "--help-all"
+            f"there is no flag {name}",
+            hint=f"did you mean {near[0]}?"
+            if near
+            else "gradaccum train --help-all lists them all",
+        )
+
+
+def _refuse_values(training: SFTConfig) -> None:
+    """Refuse values that transformers takes and that then train nothing, or another batch."""
+    if training.max_steps == 0 or training.max_steps < -1:
+        raise BadInput(
+            f"--max_steps {training.max_steps} is below 1",
+            hint="leave it out, or set it to -1, to train --num_train_epochs",
+        )
+    if training.max_steps == -1 and training.num_train_epochs <= 0:
+        raise BadInput(f"--num_train_epochs {training.num_train_epochs} is not above 0")
+    if training.auto_find_batch_size:
+        raise BadInput(
+            "--auto_find_batch_size shrinks the effective batch and starts over on changed weights",
+            hint="leave it out; --budget says how large a micro-batch may be",
         )
 
 

@@ -74,7 +74,10 @@ def _batch_line(trainer: Any, rows: list[Any]) -> str:
     elif largest.tokens == CPU_TOKENS:
         why = "more at once is not faster on a CPU"
     mean = statistics.fmean(map(len, cuts))
-    return f"effective batch {size} = about {mean:.0f} micro-batches of up to {largest} ({why})"
+    text = f"effective batch {size} = about {mean:.0f} micro-batches of up to {largest} ({why})"
+    if len(rows) < size:
+        text += f"; the data have only {len(rows)} examples, and each step takes those"
+    return text
 
 
 def summarise(trainer: Any, arguments: Arguments, output: Path, metrics: Metrics) -> None:

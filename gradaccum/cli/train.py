@@ -134,9 +134,11 @@ def _trainer(arguments: Arguments, output: Path) -> Any:
             quantization_config=get_quantization_config(model_args) if tokenizer is None else None,
             peft_config=get_peft_config(model_args),
         )
+        trainer.create_optimizer()  # now, so that its arguments are checked before the run begins
     except (OSError, ValueError, ImportError) as error:
         raise BadInput(f"TRL's SFTTrainer refuses this: {_first_line(error)}") from error
     _refuse_untrained(trainer.train_dataset, arguments)
+    _refuse_foreign_ids(trainer.train_dataset, trainer.model)
     training.disable_tqdm = True
     trainer.remove_callback(transformers.trainer_callback.ProgressCallback)
     trainer.remove_callback(transformers.trainer_callback.PrinterCallback)
@@ -151,6 +153,7 @@ def _dataset(arguments: Arguments, split_name: str) -> Any:
         say("data      reading the functions of the standard library ...")
         dataset = datasets.Dataset.from_list(embedded.functions())
         return dataset.select(range(64)) if split_name == script.dataset_test_split else dataset
+    say(f"data      reading {script.dataset_name} ...")
     dataset = data.load(
         str(script.dataset_name),
         split=split_name,
@@ -209,8 +212,26 @@ def _refuse_untrained(dataset: Any, arguments: Arguments) -> None:
     if sized and len(dataset) == 0:
         raise BadInput("no example is left to train: every label is masked", hint=hint)
     rows: Iterable[Any] = islice(iter(dataset), len(dataset) if sized else 1000)
-    if all(set(row.get("labels", [0])) <= {IGNORE_INDEX} for row in rows):
+    labels = (row.get("labels", row["input_ids"])[1:] for row in rows)  # the first is no target
+    if all(set(row) <= {IGNORE_INDEX} for row in labels):
         raise BadInput("every label of the data is masked, so nothing would be trained", hint=hint)
+
+
+def _refuse_foreign_ids(dataset: Any, model: Any) -> None:
+    """Refuse token ids that the model has no embedding for."""
+    if not isinstance(dataset, datasets.Dataset) or "input_ids" not in dataset.column_names:
+        return
+    known = model.get_input_embeddings().num_embeddings
+    rows = dataset.with_format("arrow")[:]["input_ids"]
+    chunks = [ids for chunk in rows.chunks if len(ids := chunk.flatten().to_numpy())]
+    least = min((int(ids.min()) for ids in chunks), default=0)
+    most = max((int(ids.max()) for ids in chunks), default=0)
+    if least < 0 or most >= known:
+        raise BadInput(
+            f"the data hold the token id {least if least < 0 else most}, and the model has an "
+            f"embedding for 0 to {known - 1:,}",
+            hint="the data were made with the tokenizer of another model",
+        )
 
 
 def _num_samples(trainer: Any) -> int | None:
