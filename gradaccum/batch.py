@@ -1,4 +1,4 @@
-"""The effective batch on the host: examples, rows of nested tensors, collating, moving.
+"""The effective batch on the host: examples, rows of nested tensors, collating.
 
 A batch comes in one of two forms, and both answer the same three questions: how many examples,
 what is example i, what are the model's inputs for these examples.
@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pad_sequence
 
 from gradaccum.errors import BadInput
+from gradaccum.trees import map_leaves, named_leaves, rebuild
 from gradaccum.types import IGNORE_INDEX
 
 Collate = Callable[[list[Any]], Any]
@@ -72,7 +73,7 @@ class Listed:
         """
         chosen = Listed([self._examples[i] for i in examples], self._collate)
         once, again = self.take(examples), self.take(examples)
-        pairs = zip(_leaves(once), _leaves(again), strict=False)
+        pairs = zip(named_leaves(once), named_leaves(again), strict=False)
         if all(torch.equal(a, b) for (_, a), (_, b) in pairs if isinstance(a, Tensor)):
             return chosen
         drawn = Collated(once)
@@ -144,25 +145,6 @@ def as_batch(batch: Any, collate: Collate | None) -> HostBatch:
     return host
 
 
-def to_device(tree: Any, device: torch.device) -> Any:
-    """Return the tree with its tensors on the device; pinned ones without waiting for the copy."""
-    return map_tensors(tree, lambda leaf: leaf.to(device, non_blocking=True))
-
-
-def map_tensors(tree: Any, function: Callable[[Tensor], Any]) -> Any:
-    """Return the tree with `function` applied to every tensor; all other leaves stay."""
-    return map_leaves(tree, lambda leaf: function(leaf) if isinstance(leaf, Tensor) else leaf)
-
-
-def map_leaves(tree: Any, function: Callable[[Any], Any]) -> Any:
-    """Return the tree with `function` applied to all that is no dict, list or tuple."""
-    if isinstance(tree, Mapping):
-        return {key: map_leaves(value, function) for key, value in tree.items()}
-    if isinstance(tree, (list, tuple)):
-        return _rebuild(tree, [map_leaves(value, function) for value in tree])
-    return function(tree)
-
-
 def pad_collate(examples: list[Any]) -> Any:
     """Collate examples: stack what is equal in shape, pad what is ragged, list the rest.
 
@@ -192,7 +174,7 @@ def pad_collate(examples: list[Any]) -> Any:
                 padded["attention_mask"] = _pad("attention_mask", ones)
         return padded
     if isinstance(first, tuple):
-        return _rebuild(first, [_pad("", list(c)) for c in zip(*examples, strict=True)])
+        return rebuild(first, [_pad("", list(c)) for c in zip(*examples, strict=True)])
     return _pad("", examples)
 
 
@@ -234,26 +216,11 @@ def _is_collated(batch: Sequence[Any]) -> bool:
     return len(batch) > 0 and len({_num_rows(part, 0) for part in batch} | {0}) == 2
 
 
-def _leaves(tree: Any, key: str = "", lists: bool = True) -> Iterator[tuple[str, Any]]:
-    """Yield the leaves of a tree, each with the last key on its way.
-
-    With `lists=False` a list is one leaf, since it may hold one value for each row.
-    """
-    if isinstance(tree, Mapping):
-        for name, value in tree.items():
-            yield from _leaves(value, str(name), lists)
-    elif isinstance(tree, tuple) or (lists and isinstance(tree, list)):
-        for value in tree:
-            yield from _leaves(value, key, lists)
-    else:
-        yield key, tree
-
-
 def _num_rows(tree: Any, otherwise: int | None = None) -> int:
     """Return the number of rows: of the labels or inputs, of any tensor, of a list of tensors."""
-    leaves = list(_leaves(tree, lists=False))
-    counts = {key: leaf.shape[0] for key, leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim}
-    counts = counts or {key: len(leaf) for key, leaf in leaves if isinstance(leaf, list) and leaf}
+    found = list(named_leaves(tree, lists=False))
+    counts = {key: leaf.shape[0] for key, leaf in found if isinstance(leaf, Tensor) and leaf.ndim}
+    counts = counts or {key: len(leaf) for key, leaf in found if isinstance(leaf, list) and leaf}
     named = {"labels", "input_ids", "attention_mask"} & counts.keys()
     if not named and len(set(counts.values())) > 1:
         raise BadInput(
@@ -280,10 +247,12 @@ def _useful_columns(tree: Any, num_rows: int) -> dict[int, tuple[list[int], list
     is one of `TRIMMED`, no leaf has the width in a dimension that we do not cut, and, on the left,
     the positions are given.
     """
-    leaves = [(k, leaf) for k, leaf in _leaves(tree) if isinstance(leaf, Tensor) and leaf.ndim > 1]
+    found = [
+        (k, leaf) for k, leaf in named_leaves(tree) if isinstance(leaf, Tensor) and leaf.ndim > 1
+    ]
     useful: dict[int, tuple[list[int], list[int]]] = {}
-    for width in {leaf.shape[1] for _, leaf in leaves if leaf.shape[0] == num_rows}:
-        group = {key: leaf for key, leaf in leaves if leaf.shape[1] == width}
+    for width in {leaf.shape[1] for _, leaf in found if leaf.shape[0] == num_rows}:
+        group = {key: leaf for key, leaf in found if leaf.shape[1] == width}
         masks = [
             leaf != 0
             for key, leaf in group.items()
@@ -292,7 +261,7 @@ def _useful_columns(tree: Any, num_rows: int) -> dict[int, tuple[list[int], list
         if "labels" in group and (masks or all(k.startswith(("labels", "decoder")) for k in group)):
             masks.append(group["labels"] != IGNORE_INDEX)
         elsewhere = any(
-            size == width for _, leaf in leaves for axis, size in enumerate(leaf.shape) if axis > 1
+            size == width for _, leaf in found for axis, size in enumerate(leaf.shape) if axis > 1
         )
         unknown = any(not key.startswith(TRIMMED) for key in group)
         foreign = any(leaf.shape[0] not in (num_rows, 1) for leaf in group.values())
@@ -335,7 +304,7 @@ def _map_rows(
     if isinstance(tree, Mapping):
         return {key: _map_rows(value, num_rows, rows, other) for key, value in tree.items()}
     if isinstance(tree, tuple):
-        return _rebuild(tree, [_map_rows(value, num_rows, rows, other) for value in tree])
+        return rebuild(tree, [_map_rows(value, num_rows, rows, other) for value in tree])
     if isinstance(tree, list) and num_rows > 1 and any(map(is_rows, tree)):
         raise BadInput(
             f"a list of {len(tree)} holds tensors whose first dimension is {num_rows}, the number "
@@ -345,8 +314,3 @@ def _map_rows(
     if isinstance(tree, list) and len(tree) == num_rows:
         return rows(tree)
     return other(tree)
-
-
-def _rebuild(like: Any, values: list[Any]) -> Any:
-    """Return the values as the same kind of sequence; a named tuple takes them one by one."""
-    return type(like)(*values) if hasattr(like, "_fields") else type(like)(values)

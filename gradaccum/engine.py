@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from gradaccum import device as device_memory
-from gradaccum.batch import Collate, HostBatch, as_batch, to_device
+from gradaccum.batch import Collate, HostBatch, as_batch
 from gradaccum.errors import BadInput, CountMismatch, NotDecomposable
 from gradaccum.objective import Objective
 from gradaccum.split import split
+from gradaccum.trees import to_device
 from gradaccum.types import Budget, Micro, Step
 
 

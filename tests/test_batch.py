@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from gradaccum.batch import Collated, Listed, as_batch, map_tensors, pad_collate, to_device
+from gradaccum.batch import Collated, Listed, as_batch, pad_collate
 from gradaccum.errors import BadInput
+from gradaccum.trees import map_tensors, to_device
 from tests.models import collated, examples
 
 

@@ -10,7 +10,7 @@ import gradaccum
 ROOT = Path(gradaccum.__file__).parent
 LAYERS = {
     "errors": 0,
-    "types": 1,
+    "types": 1, "trees": 1,
     "objective": 2, "batch": 2, "device": 2,
     "split": 3, "state": 3,
     "engine": 4, "contract": 4,

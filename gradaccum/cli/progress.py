@@ -10,7 +10,7 @@ from typing import Any
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from gradaccum.integrations.hf import Accumulation
+from gradaccum.integrations.accumulation import Accumulation
 from gradaccum.types import GIB, Step
 
 

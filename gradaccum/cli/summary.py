@@ -14,7 +14,7 @@ import torch
 
 from gradaccum.cli.arguments import Arguments
 from gradaccum.cli.progress import Metrics
-from gradaccum.integrations.hf import CPU_TOKENS
+from gradaccum.integrations.accumulation import CPU_TOKENS
 from gradaccum.objective import causal_lm, length
 from gradaccum.split import split
 from gradaccum.types import Proof

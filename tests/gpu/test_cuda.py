@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import gradaccum
-from gradaccum.batch import map_tensors
+from gradaccum.trees import map_tensors
 from tests import oracle
 from tests.models import collated, examples, model, oracle_loss
 
