@@ -1,6 +1,6 @@
 """Attach exact accumulation to a transformers Trainer, whatever its class.
 
-Tested with transformers 5.23. One batch of the trainer's loader becomes one step: the
+Tested with transformers 5.17 and 5.23. One batch of the trainer's loader becomes one step: the
 loader hands over the examples of the whole effective batch, `gradient_accumulation_steps` is 1,
 and `training_step` cuts them and runs the trainer's own `compute_loss` on each micro-batch. So the
 schedule, resume, the last partial batch and logging are right because there is nothing to repair.
