@@ -1,8 +1,8 @@
 """Time an attached SFTTrainer against the stock one and against a plain loop, interleaved.
 
-One process, one contender after the other in every round, so that a slow minute of the machine
-hits all of them. Same model, data, optimizer and effective batch of 32; every `train()` starts
-from the same weights and, but for `batch_rebalance`, takes the same examples.
+One process, one contender after the other in every round, in an order that turns, so that a slow
+minute of the machine hits all of them. Same model, data, optimizer and effective batch of 32; every
+`train()` starts from the same weights and takes the same examples.
 
     python benchmarks/attach.py --rounds 5 --steps 3 --out benchmarks/results/attach.json
 """
@@ -162,8 +162,10 @@ def main():
     seconds = {name: [] for name in contenders}
     gradients, tokens = {}, {}
     for round_ in range(options.rounds + 1):  # the first warms up
-        for name, contender in contenders.items():
-            taken, gradients[name], tokens[name] = contender.run()
+        names = list(contenders)
+        first = round_ % len(names)  # each runs after another one in every round
+        for name in names[first:] + names[:first]:
+            taken, gradients[name], tokens[name] = contenders[name].run()
             if round_:
                 seconds[name].append(sum(taken) / len(taken))
             print(f"round {round_} {name}: {sum(taken) / len(taken):.2f} s a step", flush=True)
