@@ -21,14 +21,15 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pad_sequence
 
 from gradaccum.errors import BadInput
-from gradaccum.trees import map_leaves, named_leaves, rebuild
+from gradaccum.trees import count_rows, map_leaves, named_leaves, rebuild
 from gradaccum.types import IGNORE_INDEX
 
 Collate = Callable[[list[Any]], Any]
 
 # How the names of leaves begin that run along the tokens; another leaf may share a width by chance.
 TRIMMED = (
-    "input",
+    "input_ids",
+    "inputs_embeds",
     "attention_mask",
     "labels",
     "shift_labels",
@@ -85,7 +86,7 @@ class Collated:
 
     def __init__(self, tree: Any) -> None:
         self._tree = tree = map_leaves(tree, _as_tensor)
-        self._num_rows = _num_rows(tree)
+        self._num_rows = count_rows(tree)
         self._useful = _useful_columns(tree, self._num_rows)
 
     def __len__(self) -> int:
@@ -209,33 +210,12 @@ def _is_collated(batch: Sequence[Any]) -> bool:
     `DataLoader` collates tuples to a list of tensors; so a list of bare tensors that agree in
     their first dimension is a batch, and examples of that kind need a collate function.
     """
+    batch = [_as_tensor(part) for part in batch] if isinstance(batch, list) else batch
     if not all(isinstance(part, (Tensor, Mapping)) for part in batch):
         return False
     if isinstance(batch, list) and not any(isinstance(part, Tensor) for part in batch):
         return False
-    return len(batch) > 0 and len({_num_rows(part, 0) for part in batch} | {0}) == 2
-
-
-def _num_rows(tree: Any, otherwise: int | None = None) -> int:
-    """Return the number of rows: of the labels or inputs, of any tensor, of a list of tensors."""
-    found = list(named_leaves(tree, lists=False))
-    counts = {key: leaf.shape[0] for key, leaf in found if isinstance(leaf, Tensor) and leaf.ndim}
-    counts = counts or {key: len(leaf) for key, leaf in found if isinstance(leaf, list) and leaf}
-    named = {"labels", "input_ids", "attention_mask"} & counts.keys()
-    if not named and len(set(counts.values())) > 1:
-        raise BadInput(
-            f"the first dimensions of the batch disagree ({counts}), so its rows are not known",
-            hint="pass a list of examples; constants belong into the objective, not the batch",
-        )
-    for key in ("labels", "input_ids", "attention_mask", *counts):
-        if key in counts:
-            return counts[key]
-    if otherwise is not None:
-        return otherwise
-    raise BadInput(
-        f"the batch ({type(tree).__name__}) holds no tensor with a batch dimension",
-        hint="pass a list of examples, or a dict of tensors whose first dimension is the rows",
-    )
+    return len(batch) > 0 and len({count_rows(part, 0) for part in batch} | {0}) == 2
 
 
 def _useful_columns(tree: Any, num_rows: int) -> dict[int, tuple[list[int], list[int]]]:
@@ -302,7 +282,9 @@ def _map_rows(
             hint="pass a list of examples, and pack them in collate=",
         )
     if isinstance(tree, Mapping):
-        return {key: _map_rows(value, num_rows, rows, other) for key, value in tree.items()}
+        return rebuild(
+            tree, {key: _map_rows(value, num_rows, rows, other) for key, value in tree.items()}
+        )
     if isinstance(tree, tuple):
         return rebuild(tree, [_map_rows(value, num_rows, rows, other) for value in tree])
     if isinstance(tree, list) and num_rows > 1 and any(map(is_rows, tree)):

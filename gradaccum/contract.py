@@ -25,6 +25,41 @@ COUNTERS: tuple[Counter, ...] = (shifted_tokens, tokens)
 HUGE = 1e30
 
 
+def refuse_undivided(loss: CountedLoss, batch: Listed, *, name: str) -> None:
+    """Refuse a loss that is not divided by the count, in whole or in a term.
+
+    loss(x, huge) has to be zero. A term may be zero at first and grow (an annealed coefficient, a
+    distance from the first weights), so this is worth asking again later. Dropout does not matter.
+
+    Args:
+        loss: Runs in training mode, in which some terms exist alone.
+        batch: Where the examples are taken from.
+        name: What the loss is called in messages.
+
+    Raises:
+        NotDecomposable: Something is left when the count is huge.
+    """
+    pair = _pick(batch, COUNTERS)
+    if not pair:
+        return
+    both = batch.take(pair)
+    with torch.no_grad():
+        total, undivided = loss(both, 1).item(), loss(both, HUGE).item()
+    if not abs(undivided) > 1e-6 * abs(total) / float(COUNTERS[-1](both)):
+        return
+    what = (
+        "ignores num_items_in_batch and divides by a count of its own"
+        if abs(undivided - total) <= 0.5 * abs(total)
+        else f"adds a term of {undivided:.3g} that num_items_in_batch does not divide "
+        "(a router loss, a regulariser, or another auxiliary loss)"
+    )
+    raise NotDecomposable(
+        f"{name} {what}, so its micro-batches do not add up to the full batch",
+        hint="pass compute_loss_func= to the trainer: a sum divided by num_items_in_batch; or "
+        "use gradaccum.Accumulator with gradaccum.from_mean and the right weight",
+    )
+
+
 def consistent_counters(
     loss: CountedLoss,
     batch: Listed,
@@ -37,7 +72,6 @@ def consistent_counters(
 
     With S(x) = loss(x, 1) the loss has to satisfy, on two examples a and b with weight:
 
-        loss(x, huge) = 0            everything in it is divided by the count
         S(ab) = S(a) + S(b)          rows do not depend on each other
         loss(ab, None) = S(ab) / D   D is one of the counters
 
@@ -52,7 +86,7 @@ def consistent_counters(
         counters: Which to try. One alone is taken as it is: then `loss(ab, None)` is not asked.
 
     Raises:
-        NotDecomposable: One of the three does not hold; it says which, with the figures.
+        NotDecomposable: One of the two does not hold; it says which, with the figures.
     """
     pair = _pick(batch, counters)
     if not pair:
@@ -62,7 +96,6 @@ def consistent_counters(
     counts = {counter: float(counter(both)) for counter in counters}
     with torch.no_grad():
         total = loss(both, 1).item()
-        undivided = loss(both, HUGE).item()
         own = loss(both, None if len(counts) > 1 else min(counts.values())).item()
         apart = sum(loss(examples.take([i]), 1).item() for i in range(len(pair)))
     if not math.isfinite(total):
@@ -72,19 +105,6 @@ def consistent_counters(
         )
     if total == 0:  # rows of one token, which a causal model does not train, are counted by neither
         return tuple(c for c in counters if not counts[c]) or counters
-    if abs(undivided) > 1e-6 * abs(own):
-        ignored = abs(undivided - own) <= 1e-6 * abs(own)
-        what = (
-            "ignores num_items_in_batch and divides by a count of its own"
-            if ignored
-            else f"adds a term of {undivided:.3g} that num_items_in_batch does not divide "
-            "(a router or another auxiliary loss)"
-        )
-        raise NotDecomposable(
-            f"{name} {what}, so its micro-batches do not add up to the full batch",
-            hint="pass compute_loss_func= to the trainer: a sum divided by num_items_in_batch; or "
-            "use gradaccum.Accumulator with gradaccum.from_mean and the right weight",
-        )
     if abs(total - apart) > tolerance * abs(total):
         raise NotDecomposable(
             f"{name} gives {total:.6g} for two examples together and {apart:.6g} one by one: "
@@ -117,5 +137,8 @@ def _pick(batch: HostBatch, counters: tuple[Counter, ...]) -> list[int]:
             size = sum(leaf.numel() for leaf in inputs.values() if isinstance(leaf, Tensor))
             weighted.append((len(set(counts)) == 1, not all(counts), size, i))
     weighted.sort()
-    others = sorted(weighted[1:], key=lambda entry: entry[1:])
+    # Of another size than the first: rows of one size have no padding, which a loss may depend on.
+    others = sorted(
+        weighted[1:], key=lambda entry: (entry[1], entry[2] == weighted[0][2], entry[2])
+    )
     return [entry[-1] for entry in weighted[:1] + others[:1]]

@@ -128,7 +128,13 @@ class Accumulator:
         if self.objective.weight is None:
             return Window(tuple(micros), inputs, None, None)
         weights = tuple(_by_term(self.objective.weight(part)) for part in inputs)
-        totals = {name: math.fsum(weight[name] for weight in weights) for name in weights[0]}
+        names = {name: None for weight in weights for name in weight}
+        if any(weight.keys() != names.keys() for weight in weights):
+            raise CountMismatch(
+                f"the weight of some micro-batches lacks one of the terms {sorted(names)}",
+                hint="return every term for every micro-batch, 0 where it does not occur",
+            )
+        totals = {name: math.fsum(weight[name] for weight in weights) for name in names}
         return Window(tuple(micros), inputs, weights, totals)
 
     def backward(self, batch: Any) -> Step:
@@ -242,17 +248,18 @@ def _parts(loss: Any, weight: dict[str, float], totals: dict[str, float]) -> lis
             f"the loss has the terms {sorted(terms)}, the weight has {sorted(totals)}",
             hint="let loss and weight of the objective return dicts with the same names",
         )
+    sums = {name: _scalar(terms[name]) for name in totals}
     return [
-        _scalar(terms[name]) / total if weight[name] else torch.zeros_like(terms[name].detach())
+        sums[name] / total if weight[name] else torch.zeros_like(sums[name].detach())
         for name, total in totals.items()
     ]
 
 
 def _with_weight(loss: Any, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return the sum and the weight that a loss reports: zero without weight, nan for no weight.
+    """Return the sum and the weight that a loss reports; without weight the sum is zero.
 
     A weight below zero becomes nan, and with it the loss and the gradients: refusing it would
-    have to wait for the device.
+    have to wait for the device. So does a sum that is not finite and has no weight.
     """
     if not (isinstance(loss, tuple) and len(loss) == 2):
         raise CountMismatch(
@@ -261,9 +268,14 @@ def _with_weight(loss: Any, device: torch.device) -> tuple[Tensor, Tensor]:
         )
     wide = torch.float32 if device.type == "mps" else torch.float64  # bf16 counts to 256
     weight = torch.as_tensor(loss[1]).detach().to(device, wide)
-    weight = torch.where(weight < 0, torch.nan, weight)
+    if weight.numel() != 1:
+        raise BadInput(
+            f"the loss reports a weight of shape {tuple(weight.shape)}, and not one number",
+            hint="sum it",
+        )
+    weight = torch.where(weight < 0, torch.nan, weight).reshape(())
     total = _scalar(loss[0])
-    return torch.where(weight.to(total.device) == 0, 0, total), weight
+    return total * (weight != 0).to(total), weight
 
 
 def _scalar(loss: Any) -> Tensor:

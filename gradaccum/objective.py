@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gradaccum.errors import BadInput
+from gradaccum.trees import count_rows
 from gradaccum.types import IGNORE_INDEX
 
 Number = float | Tensor
@@ -63,13 +64,8 @@ def length(example: Any) -> int:
 
 
 def rows(micro: Any) -> int:
-    """Return the number of rows of a micro-batch: the first dimension of its first tensor."""
-    if isinstance(micro, Tensor):
-        return micro.shape[0]
-    for part in micro.values() if isinstance(micro, Mapping) else micro:
-        if isinstance(part, (Tensor, Mapping)):
-            return rows(part)
-    raise BadInput("the micro-batch holds no tensor, so its rows cannot be counted")
+    """Return the number of rows of a micro-batch: of its labels or inputs, or of any tensor."""
+    return count_rows(micro)
 
 
 def tokens(micro: Any) -> Tensor:
@@ -154,6 +150,11 @@ def _labels(micro: Any) -> Tensor:
         raise BadInput(
             f"the micro-batch has no 'labels' to count (it has: {found})",
             hint="add labels (-100 where nothing is trained), or pass another weight",
+        )
+    if not isinstance(micro["labels"], Tensor):
+        raise BadInput(
+            f"the labels are a {type(micro['labels']).__name__}, not a tensor",
+            hint="pass a list of examples, or tensors of equal length",
         )
     return micro["labels"]
 

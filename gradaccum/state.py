@@ -20,7 +20,13 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         list(range(torch.accelerator.device_count())) if torch.accelerator.is_available() else []
     )
     kind = torch.accelerator.current_accelerator() if devices else None
-    buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
+    owners = [module for module in model.modules() if module._buffers]
+    buffers = [
+        (module, name, buffer, buffer.detach().clone())
+        for module in owners
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
     python = random.getstate()
     try:
         with torch.random.fork_rng(devices, device_type=kind.type if kind else "cuda"):
@@ -28,8 +34,12 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     finally:
         random.setstate(python)
         with torch.no_grad():
-            for name, buffer in model.named_buffers():
-                buffer.copy_(buffers[name])
+            for module, name, buffer, value in buffers:
+                now = module._buffers.get(name)
+                # A buffer of another shape is a cache that has grown, with whatever tells its size.
+                if now is not None and now.shape == value.shape:
+                    buffer.copy_(value)
+                    module._buffers[name] = buffer
 
 
 @contextmanager

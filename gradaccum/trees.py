@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradaccum.errors import BadInput
+
 
 def named_leaves(tree: Any, key: str = "", lists: bool = True) -> Iterator[tuple[str, Any]]:
     """Yield the leaves of a tree, each with the last key on its way.
@@ -26,6 +28,28 @@ def named_leaves(tree: Any, key: str = "", lists: bool = True) -> Iterator[tuple
         yield key, tree
 
 
+def count_rows(tree: Any, otherwise: int | None = None) -> int:
+    """Return the number of rows: of the labels or inputs, of any tensor, of a list of tensors."""
+    found = list(named_leaves(tree, lists=False))
+    counts = {key: leaf.shape[0] for key, leaf in found if isinstance(leaf, Tensor) and leaf.ndim}
+    counts = counts or {key: len(leaf) for key, leaf in found if isinstance(leaf, list) and leaf}
+    named = {"labels", "input_ids", "attention_mask"} & counts.keys()
+    if not named and len(set(counts.values())) > 1:
+        raise BadInput(
+            f"the first dimensions of the batch disagree ({counts}), so its rows are not known",
+            hint="pass a list of examples; constants belong into the objective, not the batch",
+        )
+    for key in ("labels", "input_ids", "attention_mask", *counts):
+        if key in counts:
+            return counts[key]
+    if otherwise is not None:
+        return otherwise
+    raise BadInput(
+        f"the batch ({type(tree).__name__}) holds no tensor with a batch dimension",
+        hint="pass a list of examples, or a dict of tensors whose first dimension is the rows",
+    )
+
+
 def to_device(tree: Any, device: torch.device) -> Any:
     """Return the tree with its tensors on the device; pinned ones without waiting for the copy."""
     return map_tensors(tree, lambda leaf: leaf.to(device, non_blocking=True))
@@ -39,12 +63,17 @@ def map_tensors(tree: Any, function: Callable[[Tensor], Any]) -> Any:
 def map_leaves(tree: Any, function: Callable[[Any], Any]) -> Any:
     """Return the tree with `function` applied to all that is no dict, list or tuple."""
     if isinstance(tree, Mapping):
-        return {key: map_leaves(value, function) for key, value in tree.items()}
+        return rebuild(tree, {key: map_leaves(value, function) for key, value in tree.items()})
     if isinstance(tree, (list, tuple)):
         return rebuild(tree, [map_leaves(value, function) for value in tree])
     return function(tree)
 
 
-def rebuild(like: Any, values: list[Any]) -> Any:
-    """Return the values as the same kind of sequence; a named tuple takes them one by one."""
-    return type(like)(*values) if hasattr(like, "_fields") else type(like)(values)
+def rebuild(like: Any, values: Any) -> Any:
+    """Return the values as the same kind of dict or sequence; named tuples take them one by one."""
+    if hasattr(like, "_fields"):
+        return type(like)(*values)
+    try:
+        return type(like)(values)
+    except TypeError:  # of mappings that are not made from a dict, such as defaultdict
+        return values

@@ -373,6 +373,14 @@ def test_resume_with_another_effective_batch_is_refused(tmp_path):
     other, _ = build(tmp_path, attach={"effective_batch_size": 10}, **settings)
     with pytest.raises(BadInput, match="effective batch of 8 examples, and this run has 10"):
         other.train(resume_from_checkpoint=checkpoint)
+    restoring, _ = build(
+        tmp_path,
+        attach={"effective_batch_size": 10},
+        restore_callback_states_from_checkpoint=True,
+        **settings,
+    )
+    with pytest.raises(BadInput, match="effective batch of 8 examples, and this run has 10"):
+        restoring.train(resume_from_checkpoint=checkpoint)
     anew, _ = build(
         tmp_path, attach={"effective_batch_size": 10}, ignore_data_skip=True, **settings
     )
@@ -389,6 +397,11 @@ def test_checkpoints_go_from_stock_to_attached_and_back(tmp_path):
         other, _ = build(tmp_path, attach=attach, **settings)
         other.train(resume_from_checkpoint=str(tmp_path / "out" / f"checkpoint-{number}"))
         assert other.state.global_step == 5
+    first, _ = build(tmp_path, **settings)
+    first.train()
+    other, _ = build(tmp_path, attach={"effective_batch_size": 16}, **settings)
+    with pytest.raises(BadInput, match="another number of examples, and this run has 16"):
+        other.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
 
 
 def test_a_trainer_can_be_attached_after_it_has_trained(tmp_path):
@@ -481,6 +494,9 @@ def test_the_proof_never_compares_a_batch_with_itself(tmp_path):
     ours, _ = build(tmp_path, attach=settings)
     proof = ours.proof([ours.train_dataset[i] for i in range(6)])
     assert proof.num_micros == 2 and 0 < proof.relative_error < 1e-6
+    for wrong in ([], ours.train_dataset[:4]):
+        with pytest.raises(BadInput, match="proof takes a list of examples"):
+            ours.proof(wrong)
 
 
 def bert(cls, **kwargs):
@@ -526,6 +542,76 @@ def test_what_is_not_a_counted_sum_is_refused_before_any_update(tmp_path, model,
     with pytest.raises(NotDecomposable, match=match):
         ours.train()
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+
+
+def test_terms_that_begin_at_zero_are_refused_once_they_have_grown(tmp_path):
+    class Annealed(Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            loss = super().compute_loss(model, inputs, False, num_items_in_batch)
+            return loss + self.state.global_step * sum(p.square().sum() for p in model.parameters())
+
+    class OnlyInTraining(Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            loss = super().compute_loss(model, inputs, False, num_items_in_batch)
+            return loss + sum(p.square().sum() for p in model.parameters()) * model.training
+
+    for trainer, steps in ((Annealed, 1), (OnlyInTraining, 0)):
+        ours, record = build(tmp_path, attach={"effective_batch_size": 8}, trainer=trainer)
+        with pytest.raises(NotDecomposable, match=r"adds a term of .* does not divide"):
+            ours.train()
+        assert len(record.gradients) == steps
+
+
+def test_left_padding_that_a_loss_sees_is_refused_whatever_the_lengths(tmp_path):
+    """The first label of a row is trained only where padding stands before it."""
+    left = tokenizer()
+    left.padding_side = "left"
+    ours, _ = build(tmp_path, attach={"effective_batch_size": 8})
+    ours.data_collator = transformers.DataCollatorForLanguageModeling(left, mlm=False)
+    lengths = [5, 5, 9, 12, 17, 22, 30, 31]
+    ours.train_dataset = Dataset.from_list([{"input_ids": [*range(3, 3 + n)]} for n in lengths])
+    with pytest.raises(NotDecomposable, match="rows depend on each other"):
+        ours.train()
+
+
+def test_caches_that_grow_in_a_forward_are_left_alone(tmp_path):
+    class Cached(transformers.LlamaForCausalLM):
+        def forward(self, input_ids=None, labels=None, **kwargs):
+            if self.table.shape[0] < input_ids.shape[1]:
+                self.register_buffer("table", torch.ones(input_ids.shape[1]), persistent=False)
+            scale = self.table[: input_ids.shape[1]].mean()
+            outputs = super().forward(input_ids=input_ids, labels=labels, **kwargs)
+            outputs.loss = outputs.loss * scale
+            return outputs
+
+    net = Cached(llama().config)
+    net.load_state_dict(llama().state_dict())
+    net.model.layers[0].self_attn.q_proj.weight.requires_grad_(False)
+    net.register_buffer("table", torch.zeros(1), persistent=False)
+    big, expected = build(tmp_path, per_device_train_batch_size=8)
+    ours, found = build(tmp_path, model=net, attach={"effective_batch_size": 8})
+    big.train(), ours.train()
+    assert oracle.error(found.gradients[0], expected.gradients[0]) <= 1e-6
+
+
+def test_steps_of_the_users_own_are_refused(tmp_path):
+    class Own(Trainer):
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            return super().training_step(model, inputs, num_items_in_batch)
+
+    with pytest.raises(BadInput, match=r"Own.training_step would not be called"):
+        build(tmp_path, attach={}, trainer=Own)
+
+
+def test_inputs_keep_their_type(tmp_path):
+    class Attributes(Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            assert inputs.labels is inputs["labels"]
+            return super().compute_loss(model, inputs, False, num_items_in_batch)
+
+    ours, _ = build(tmp_path, attach={"effective_batch_size": 20}, trainer=Attributes)
+    assert isinstance(ours.data_collator([ours.train_dataset[0]]), transformers.BatchEncoding)
+    ours.train()
 
 
 def test_rows_that_depend_on_each_other_are_refused(tmp_path):

@@ -1,10 +1,11 @@
 """Slicing, trimming and collating: what is cut, and above all what is left alone."""
 
-from collections import namedtuple
+from collections import defaultdict, namedtuple
 
 import numpy as np
 import pytest
 import torch
+import transformers
 from torch import Tensor
 
 from gradaccum.batch import Collated, Listed, as_batch, pad_collate
@@ -102,6 +103,7 @@ def test_nested_batches_keep_their_types():
         ((torch.ones(4, 2), {"y": torch.ones(4)}), Collated, 4),
         ([torch.tensor(1.0), torch.tensor(2.0)], Listed, 2),
         ([torch.ones(3), torch.ones(5)], Listed, 2),
+        ([np.ones((5, 2)), np.ones(5)], Collated, 5),
         ({"images": [torch.ones(3, 5, 5), torch.ones(3, 4, 4)]}, Collated, 2),
         (torch.ones(6, 2), Collated, 6),
     ],
@@ -137,6 +139,22 @@ def test_arrays_of_numpy_are_rows_like_tensors():
     taken = Collated(batch | {"scale": np.float32(2)}).take([2, 0])
     assert taken["x"].tolist() == [[4, 5], [0, 1]]
     assert taken["name"] == ["c", "a"] and taken["scale"] == 2
+
+
+def test_mappings_keep_their_type():
+    encoding = transformers.BatchEncoding({"x": torch.ones(3, 2), "y": torch.ones(3)})
+    taken = to_device(Collated(encoding).take([0]), torch.device("cpu"))
+    assert isinstance(taken, transformers.BatchEncoding) and taken.x.shape == (1, 2)
+    assert Collated(defaultdict(list, x=torch.ones(3))).take([0])["x"].shape == (1,)
+
+
+def test_speech_features_are_no_tokens():
+    batch = {
+        "input_features": torch.ones(4, 8, 30),
+        "decoder_attention_mask": torch.tensor([[1] * 5 + [0] * 3] * 4),
+        "labels": torch.tensor([[1] * 5 + [-100] * 3] * 4),
+    }
+    assert Collated(batch).take([0])["input_features"].shape == (1, 8, 30)
 
 
 def test_batches_without_rows_are_refused():

@@ -372,6 +372,34 @@ def test_a_weight_that_is_reported_wrong_is_not_hidden(reported):
     assert len(step.nonfinite) == 2 and found["weight"].isnan().all()
 
 
+def test_a_sum_that_is_not_finite_shows_even_without_weight():
+    net, batch = nn.Linear(2, 1), {"x": torch.randn(4, 2), "k": torch.tensor([1.0, 0, 1, 1])}
+
+    def loss(net, micro):
+        weight = micro["k"].sum()
+        return (net(micro["x"])[:, 0] * micro["k"]).sum() / weight * weight, weight
+
+    found, step = accumulated(
+        net, batch, Budget(examples=1), gradaccum.Objective(loss, weight=None)
+    )
+    assert found["weight"].isnan().any() and [m.examples for m in step.nonfinite] == [(1,)]
+
+
+def test_rows_are_counted_by_the_labels_not_by_a_constant():
+    net = nn.Linear(4, 3).double()
+    x, labels = torch.randn(5, 4, dtype=torch.float64), torch.randint(3, (5,))
+    constants = {"temperature": torch.tensor(2.0), "scale": torch.ones(3, dtype=torch.float64)}
+    batch = constants | {"x": x, "labels": labels}
+
+    def mean(net, micro):
+        return F.cross_entropy(net(micro["x"]) * micro["scale"], micro["labels"])
+
+    found, step = accumulated(net, batch, Budget(examples=4), gradaccum.from_mean(mean))
+    assert step.weight == 5
+    expected = oracle.gradients(net, {"loss": mean(net, batch)}, {"loss": 1})
+    assert oracle.error(found, expected) <= 1e-12
+
+
 def test_reported_weights_are_summed_wide_and_zero_adds_zero():
     """1,000 weights of 3 in bf16 would stop adding up at 1,024."""
     net, batch = nn.Linear(2, 1).double(), {"x": torch.randn(1000, 2).double()}
@@ -406,6 +434,13 @@ def test_wrong_objectives_are_refused():
         (lambda n, m: {"a": n(m["x"]).sum()}, lambda m: 1, CountMismatch, "terms"),
         (lambda n, m: n(m["x"]).sum(), lambda m: -1, BadInput, "at least 0"),
         (lambda n, m: n(m["x"]).sum(), None, CountMismatch, r"\(sum, weight\)"),
+        (lambda n, m: (n(m["x"]).sum(), torch.ones(2)), None, BadInput, "not one number"),
+        (
+            lambda n, m: {"a": n(m["x"]).sum(), "b": 0.0},
+            lambda m: {"a": 1, "b": 0},
+            BadInput,
+            "shape",
+        ),
     ]
     for loss, weight, error, match in cases:
         with pytest.raises(error, match=match):
@@ -414,6 +449,12 @@ def test_wrong_objectives_are_refused():
         gradaccum.Accumulator(net, gradaccum.causal_lm(), budget=512)
     with pytest.raises(BadInput, match="no examples"):
         accumulated(net, [], Budget(examples=2))
+    weights = iter([{"a": 1}, {"a": 1, "b": 1}])
+    lacking = gradaccum.Objective(lambda n, m: {}, lambda m: next(weights))
+    with pytest.raises(CountMismatch, match="lacks one of the terms"):
+        accumulated(net, batch, Budget(examples=2), lacking)
+    with pytest.raises(BadInput, match="the labels are a list"):
+        accumulated(net, {"input_ids": [[1], [2, 3]], "labels": [[1], [2, 3]]}, Budget(examples=2))
     with pytest.raises(BadInput, match="no 'labels'"):
         accumulated(net, [{"input_ids": [1]}], Budget(examples=2))
 

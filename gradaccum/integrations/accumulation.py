@@ -1,10 +1,11 @@
 """What an attached trainer carries: examples through the loader, budget, batch size, last step."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import has_length
 
 from gradaccum.batch import HostBatch
 from gradaccum.contract import Counter
@@ -71,22 +72,39 @@ class SameBatch(TrainerCallback, ExportableState):
     skip examples or repeat them.
     """
 
-    def __init__(self, effective_batch_size: int) -> None:
-        self._size = effective_batch_size
+    def __init__(self) -> None:
+        self.effective_batch_size: int | None = None  # not known before a run begins
 
     def state(self) -> dict[str, Any]:
-        return {"args": {}, "attributes": {"effective_batch_size": self._size}}
+        return {"args": {}, "attributes": {"effective_batch_size": self.effective_batch_size}}
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
     ) -> None:
-        # A checkpoint of a trainer that was not attached has no entry; saving expects one.
-        kept: Any = state.stateful_callbacks
-        entry = kept.setdefault(type(self).__name__, self.state())
+        size, kept = (
+            args.per_device_train_batch_size,
+            cast(dict[str, Any], state.stateful_callbacks),
+        )
+        entry = kept.get(type(self).__name__, self.state())
         saved = entry["attributes"]["effective_batch_size"]
-        if saved != self._size and not args.ignore_data_skip:
+        self.effective_batch_size = size
+        kept[type(self).__name__] = self.state()
+        if args.ignore_data_skip or not state.global_step:
+            return
+        if saved is None:  # a checkpoint of a trainer that was not attached tells its epoch
+            loader = given.get("train_dataloader")
+            is_sized = (
+                has_length(getattr(loader, "dataset", None)) and not args.dataloader_drop_last
+            )
+            steps = (state.epoch or 0) * len(loader) if loader is not None and is_sized else 0
+            # Its epoch counts micro-batches, of which the last step may have fewer.
+            is_same = not steps or -1e-6 < steps - state.global_step < 1 - 1e-6
+            saved = "another number of"
+        else:
+            is_same = saved == size
+        if not is_same:
             raise BadInput(
                 f"the checkpoint was made with an effective batch of {saved} examples, and this "
-                f"run has {self._size}: it would skip examples or repeat them",
-                hint=f"resume with {saved}, or set ignore_data_skip to begin the data anew",
+                f"run has {size}: it would skip examples or repeat them",
+                hint="resume with the same number, or set ignore_data_skip to begin the data anew",
             )

@@ -9,6 +9,7 @@ Not here: more than one process; losses that are no sum divided by `num_items_in
 refused. What TRL needs besides is in `trl.py`.
 """
 
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -114,6 +115,8 @@ class Attached(Trainer):
         model = self.model_wrapped
         assert isinstance(model, nn.Module), "a trainer has a model"
         accumulator = self._accumulator(model)
+        if not isinstance(examples, list) or not examples:
+            raise BadInput(f"proof takes a list of examples, not {type(examples).__name__}")
         with self._aside(model):
             batch = Listed(examples, self.data_collator)
             self._prepare(model, batch)  # measures the loss if no step has
@@ -141,6 +144,8 @@ class Attached(Trainer):
         accumulator.budget = accumulation.budget_for(batch)
         if accumulation.counters is None:
             accumulation.counters = self._measure(model, batch)
+        elif self.state.global_step.bit_count() == 1:  # again at steps 1, 2, 4, 8, ...
+            self._refuse_undivided(model, batch)
         window = accumulator.prepare(batch)
         if any(contract.differ(accumulation.counters, part) for part in window.inputs):
             accumulation.counters = self._measure(model, batch)
@@ -190,14 +195,20 @@ class Attached(Trainer):
 
     def _measure(self, model: nn.Module, batch: Listed) -> tuple[contract.Counter, ...]:
         """Find out what the loss is divided by; refuse it if it is no sum over the examples."""
-
-        def loss(inputs: Any, count: float | None) -> Tensor:
-            given = None if count is None else torch.tensor(count, device=self.args.device)
-            return self._loss(model, dict(inputs), given)
-
+        self._refuse_undivided(model, batch)
         low = {torch.float16, torch.bfloat16}
         is_low = self.args.bf16 or self.args.fp16 or any(p.dtype in low for p in model.parameters())
         with self._aside(model):
+            return contract.consistent_counters(
+                functools.partial(self._counted_loss, model),
+                batch,
+                tolerance=3e-2 if is_low else 1e-4,
+                name=self._loss_name(model),
+                counters=(self._own_count,) if self._is_own_loss() else contract.COUNTERS,
+            )
+
+    def _refuse_undivided(self, model: nn.Module, batch: Listed) -> None:
+        with self._aside(model, dropout=True):
             keys = set(batch.take([0]))
             if not keys & {"labels", "shift_labels"}:
                 raise NotDecomposable(
@@ -205,13 +216,15 @@ class Attached(Trainer):
                     f"{', '.join(sorted(keys))}), so it is not known what its loss is divided by",
                     hint="attach works so far with losses of labelled tokens",
                 )
-            return contract.consistent_counters(
-                loss,
-                batch,
-                tolerance=3e-2 if is_low else 1e-4,
-                name=f"the loss of {type(self.accelerator.unwrap_model(model)).__name__}",
-                counters=(self._own_count,) if self._is_own_loss() else contract.COUNTERS,
-            )
+            loss = functools.partial(self._counted_loss, model)
+            contract.refuse_undivided(loss, batch, name=self._loss_name(model))
+
+    def _counted_loss(self, model: nn.Module, inputs: Any, count: float | None) -> Tensor:
+        given = None if count is None else torch.tensor(count, device=self.args.device)
+        return self._loss(model, copy.copy(inputs), given)  # a copy: compute_loss pops from it
+
+    def _loss_name(self, model: nn.Module) -> str:
+        return f"the loss of {type(self.accelerator.unwrap_model(model)).__name__}"
 
     def _is_own_loss(self) -> bool:
         """Tell whether the loss is the user's code, which divides by what the trainer counts."""
@@ -227,9 +240,10 @@ class Attached(Trainer):
         return count
 
     @contextmanager
-    def _aside(self, model: nn.Module) -> Iterator[None]:
-        """Run what does not belong to the training: without dropout, leaving no trace."""
-        with _replaced(self, "is_in_train", False), without_dropout(model), undisturbed(model):
+    def _aside(self, model: nn.Module, *, dropout: bool = False) -> Iterator[None]:
+        """Run what does not belong to the training, leaving no trace; without dropout if not so."""
+        modes = contextlib.nullcontext() if dropout else without_dropout(model)
+        with _replaced(self, "is_in_train", False), modes, undisturbed(model):
             yield
 
 
@@ -276,7 +290,7 @@ def attach(
     _refuse_arguments(trainer, args)
     accumulation = Accumulation(size, budget, args.train_batch_size, args.device)
     trainer.accumulation = accumulation  # pyright: ignore[reportAttributeAccessIssue]
-    trainer.add_callback(SameBatch(size))
+    trainer.add_callback(SameBatch())
     trainer.args = copy.copy(args)
     trainer.args.per_device_train_batch_size = trainer._train_batch_size = size
     trainer.args.gradient_accumulation_steps = 1
@@ -297,6 +311,13 @@ def _refuse_arguments(trainer: Trainer, args: TrainingArguments) -> None:
             f"attach runs on one process and one device so far, and this trainer uses {count}",
             hint="make one device visible with CUDA_VISIBLE_DEVICES=0",
         )
+    for base in type(trainer).__mro__:
+        for name in ("training_step", "get_batch_samples"):
+            if name in vars(base) and not base.__module__.startswith(("transformers.", "trl.")):
+                raise BadInput(
+                    f"{base.__name__}.{name} would not be called: attach runs the step itself",
+                    hint="override compute_loss, or use a callback such as on_pre_optimizer_step",
+                )
     if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
         raise BadInput("attach does not work with DeepSpeed or FSDP so far")
     if args.auto_find_batch_size:

@@ -43,10 +43,10 @@ class AttachedSFT(Attached):
                 values[begin.get(name, 0) :] = [sum(v * w for v, w in pairs) / sum(weights)]
 
     @contextmanager
-    def _aside(self, model: nn.Module) -> Iterator[None]:
+    def _aside(self, model: nn.Module, *, dropout: bool = False) -> Iterator[None]:
         metrics, num_tokens = copy.deepcopy(self._metrics), self._total_train_tokens
         try:
-            with super()._aside(model):
+            with super()._aside(model, dropout=dropout):
                 yield
         finally:
             self._metrics, self._total_train_tokens = metrics, num_tokens
