@@ -11,8 +11,7 @@ will be: they belong to whoever calls.
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,8 +22,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from gradaccum import device as device_memory
 from gradaccum.batch import Collate, HostBatch, as_batch
 from gradaccum.errors import BadInput, CountMismatch, NotDecomposable
-from gradaccum.objective import Objective
+from gradaccum.objective import Objective, by_term, shares, sum_and_weight
 from gradaccum.split import split
+from gradaccum.state import accumulating
 from gradaccum.trees import to_device
 from gradaccum.types import Budget, Micro, Step
 
@@ -127,7 +127,7 @@ class Accumulator:
         inputs = tuple(host.take(micro.examples) for micro in micros)
         if self.objective.weight is None:
             return Window(tuple(micros), inputs, None, None)
-        weights = tuple(_by_term(self.objective.weight(part)) for part in inputs)
+        weights = tuple(by_term(self.objective.weight(part)) for part in inputs)
         names = {name: None for weight in weights for name in weight}
         if any(weight.keys() != names.keys() for weight in weights):
             raise CountMismatch(
@@ -161,7 +161,7 @@ class Accumulator:
         _refuse_coupled(self.model, len(window.micros))
         stop = device_memory.stopwatch(device)
         late = None
-        with _accumulating(parameters, self._accumulate_dtype, self._grad_dtype):
+        with accumulating(parameters, self._accumulate_dtype, self._grad_dtype):
             ran, losses, reported = self._run(window, device)
             if window.totals is None:
                 late = torch.stack(reported).sum()
@@ -206,11 +206,11 @@ class Accumulator:
             if window.weights is None or any(window.weights[i].values()):
                 loss = self.objective.loss(self.model, to_device(inputs, device))
                 if window.weights is None or window.totals is None:
-                    part, weight = _with_weight(loss, device)
+                    part, weight = sum_and_weight(loss, device)
                     parts = [part]
                     reported.append(weight)
                 else:
-                    parts = _parts(loss, window.weights[i], window.totals)
+                    parts = shares(loss, window.weights[i], window.totals)
                 # Autocast is for forwards; its documentation advises against it in backward.
                 with torch.autocast(device.type, enabled=False):
                     self._backward(sum(parts[1:], parts[0]))
@@ -229,60 +229,6 @@ class Accumulator:
                 f"the effective batch, a micro-batch of size {micro.size:,}",
                 stacklevel=3,
             )
-
-
-def _by_term(weight: Any) -> dict[str, float]:
-    terms = weight if isinstance(weight, Mapping) else {"loss": weight}
-    counted = {name: float(value) for name, value in terms.items()}
-    for name, value in counted.items():
-        if not (math.isfinite(value) and value >= 0):
-            raise BadInput(f"the weight of {name!r} is {value}, not a finite number of at least 0")
-    return counted
-
-
-def _parts(loss: Any, weight: dict[str, float], totals: dict[str, float]) -> list[Tensor]:
-    """Divide each term's sum by the weight of the whole batch; a term without weight is zero."""
-    terms = loss if isinstance(loss, Mapping) else {"loss": loss}
-    if terms.keys() != totals.keys():
-        raise CountMismatch(
-            f"the loss has the terms {sorted(terms)}, the weight has {sorted(totals)}",
-            hint="let loss and weight of the objective return dicts with the same names",
-        )
-    sums = {name: _scalar(terms[name]) for name in totals}
-    return [
-        sums[name] / total if weight[name] else torch.zeros_like(sums[name].detach())
-        for name, total in totals.items()
-    ]
-
-
-def _with_weight(loss: Any, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return the sum and the weight that a loss reports; without weight the sum is zero.
-
-    A weight below zero becomes nan, and with it the loss and the gradients: refusing it would
-    have to wait for the device. So does a sum that is not finite and has no weight.
-    """
-    if not (isinstance(loss, tuple) and len(loss) == 2):
-        raise CountMismatch(
-            "the objective has no weight, and its loss does not return (sum, weight)",
-            hint="several terms need weights that are known before the forward",
-        )
-    wide = torch.float32 if device.type == "mps" else torch.float64  # bf16 counts to 256
-    weight = torch.as_tensor(loss[1]).detach().to(device, wide)
-    if weight.numel() != 1:
-        raise BadInput(
-            f"the loss reports a weight of shape {tuple(weight.shape)}, and not one number",
-            hint="sum it",
-        )
-    weight = torch.where(weight < 0, torch.nan, weight).reshape(())
-    total = _scalar(loss[0])
-    return total * (weight != 0).to(total), weight
-
-
-def _scalar(loss: Any) -> Tensor:
-    if not isinstance(loss, Tensor) or loss.ndim:
-        kind = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-        raise BadInput(f"the loss has {kind}, and has to be a tensor of shape ()", hint="sum it")
-    return loss
 
 
 def _require_cleared(parameters: list[nn.Parameter]) -> None:
@@ -321,28 +267,3 @@ def _refuse_coupled(model: nn.Module, num_micros: int) -> None:
             f"{num_micros} micro-batches by its own statistics, not by those of the batch",
             hint="put these modules in eval mode, use GroupNorm, or a budget for the whole batch",
         )
-
-
-@contextmanager
-def _accumulating(
-    parameters: list[nn.Parameter], wide: torch.dtype | None, hand_over: torch.dtype | None
-) -> Iterator[None]:
-    """Let gradients add up in a wider dtype inside; hand them over rounded once on leaving."""
-    own = {}
-    for p in parameters:
-        is_narrow = wide is not None and torch.finfo(p.dtype).bits < torch.finfo(wide).bits
-        if is_narrow or hand_over is not None:
-            own[p] = p.grad_dtype
-            p.grad_dtype = wide if is_narrow else p.dtype
-    try:
-        yield
-    except BaseException:
-        for p in parameters:
-            p.grad = None
-        raise
-    finally:
-        for p, before in own.items():
-            grad, p.grad = p.grad, None
-            p.grad_dtype = hand_over or before
-            if grad is not None:
-                p.grad = grad.to(p.grad_dtype)

@@ -1,9 +1,10 @@
 """What is minimised: a loss that is a sum, the weight that divides it, the size that it costs.
 
-Here are the objective and the ready-made ones. How a foreign loss is reduced is measured in
-`contract.py`, not guessed here.
+Here are the objective, the ready-made ones, and how what they return is checked and divided. How a
+foreign loss is reduced is measured in `contract.py`, not guessed here.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gradaccum.errors import BadInput
+from gradaccum.errors import BadInput, CountMismatch
 from gradaccum.trees import count_rows
 from gradaccum.types import IGNORE_INDEX
 
@@ -142,6 +143,61 @@ def from_mean(
     mean = loss or (lambda model, micro: model(**micro).loss)
     unit = weight.replace("_", " ") if isinstance(weight, str) else "items"
     return Objective(lambda model, micro: mean(model, micro) * count(micro), count, size, unit)
+
+
+def by_term(weight: Any) -> dict[str, float]:
+    """Return a weight as `{term: number}`, checked; one without terms is that of "loss"."""
+    terms = weight if isinstance(weight, Mapping) else {"loss": weight}
+    counted = {name: float(value) for name, value in terms.items()}
+    for name, value in counted.items():
+        if not (math.isfinite(value) and value >= 0):
+            raise BadInput(f"the weight of {name!r} is {value}, not a finite number of at least 0")
+    return counted
+
+
+def shares(loss: Any, weight: dict[str, float], totals: dict[str, float]) -> list[Tensor]:
+    """Divide each term's sum by the weight of the whole batch; a term without weight is zero."""
+    terms = loss if isinstance(loss, Mapping) else {"loss": loss}
+    if terms.keys() != totals.keys():
+        raise CountMismatch(
+            f"the loss has the terms {sorted(terms)}, the weight has {sorted(totals)}",
+            hint="let loss and weight of the objective return dicts with the same names",
+        )
+    sums = {name: _scalar(terms[name]) for name in totals}
+    return [
+        sums[name] / total if weight[name] else torch.zeros_like(sums[name].detach())
+        for name, total in totals.items()
+    ]
+
+
+def sum_and_weight(loss: Any, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the sum and the weight that a loss reports; without weight the sum is zero.
+
+    A weight below zero becomes nan, and with it the loss and the gradients: refusing it would
+    have to wait for the device. So does a sum that is not finite and has no weight.
+    """
+    if not (isinstance(loss, tuple) and len(loss) == 2):
+        raise CountMismatch(
+            "the objective has no weight, and its loss does not return (sum, weight)",
+            hint="several terms need weights that are known before the forward",
+        )
+    wide = torch.float32 if device.type == "mps" else torch.float64  # bf16 counts to 256
+    weight = torch.as_tensor(loss[1]).detach().to(device, wide)
+    if weight.numel() != 1:
+        raise BadInput(
+            f"the loss reports a weight of shape {tuple(weight.shape)}, and not one number",
+            hint="sum it",
+        )
+    weight = torch.where(weight < 0, torch.nan, weight).reshape(())
+    total = _scalar(loss[0])
+    return total * (weight != 0).to(total), weight
+
+
+def _scalar(loss: Any) -> Tensor:
+    if not isinstance(loss, Tensor) or loss.ndim:
+        kind = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise BadInput(f"the loss has {kind}, and has to be a tensor of shape ()", hint="sum it")
+    return loss
 
 
 def _labels(micro: Any) -> Tensor:

@@ -1,4 +1,7 @@
-"""What a forward reads and writes besides its inputs and outputs: modes, random state, buffers."""
+"""What forward and backward read and write besides inputs and outputs, changed only for a while.
+
+Modes, random state, buffers, and the dtype in which gradients add up.
+"""
 
 import random
 from collections.abc import Iterator
@@ -65,3 +68,28 @@ def _repacks_in_eval(module: nn.Module) -> bool:
     from then on multiplies through a kernel without a backward, in training mode too.
     """
     return any(base.__module__.startswith("bitsandbytes.") for base in type(module).__mro__)
+
+
+@contextmanager
+def accumulating(
+    parameters: list[nn.Parameter], wide: torch.dtype | None, hand_over: torch.dtype | None
+) -> Iterator[None]:
+    """Let gradients add up in a wider dtype inside; hand them over rounded once on leaving."""
+    own = {}
+    for p in parameters:
+        is_narrow = wide is not None and torch.finfo(p.dtype).bits < torch.finfo(wide).bits
+        if is_narrow or hand_over is not None:
+            own[p] = p.grad_dtype
+            p.grad_dtype = wide if is_narrow else p.dtype
+    try:
+        yield
+    except BaseException:
+        for p in parameters:
+            p.grad = None
+        raise
+    finally:
+        for p, before in own.items():
+            grad, p.grad = p.grad, None
+            p.grad_dtype = hand_over or before
+            if grad is not None:
+                p.grad = grad.to(p.grad_dtype)

@@ -250,8 +250,8 @@ def test_qlora(tmp_path):
     peft, _ = pytest.importorskip("peft"), pytest.importorskip("bitsandbytes")
     base = tmp_path / "base"
     llama(tie_word_embeddings=False).save_pretrained(base)
-    # alpha 1: with the default of 8 random adapters turn a rounding difference of 1e-7 in the weights
-    # into one of 2e-5 in the gradient, of the unquantised model as well.
+    # alpha 1: with the default of 8 random adapters turn a rounding difference of 1e-7 in the
+    # weights into one of 2e-5 in the gradient, of the unquantised model as well.
     config = peft.LoraConfig(
         r=2, lora_alpha=1, target_modules="all-linear", init_lora_weights=False
     )
