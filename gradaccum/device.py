@@ -5,7 +5,6 @@ On the CPU memory is that of the process.
 
 import functools
 import os
-import resource
 import sys
 import time
 from collections.abc import Callable
@@ -20,6 +19,10 @@ def peak_bytes(device: torch.device) -> int:
     take the figure away from whoever else reads it.
     """
     if device.type == "cpu":
+        if sys.platform == "win32":
+            return 0  # no figure there without another package
+        import resource
+
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024  # bytes there, KiB elsewhere
     if device.type == "mps":
@@ -31,6 +34,8 @@ def peak_bytes(device: torch.device) -> int:
 def total_bytes(device: torch.device) -> int:
     """Return the memory of the device in bytes; the machine's on the CPU."""
     if device.type == "cpu":
+        if sys.platform == "win32":
+            return 0
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if device.type == "mps":
         return torch.mps.recommended_max_memory()

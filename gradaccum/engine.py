@@ -102,6 +102,9 @@ class Accumulator:
         for given, kind in ((objective, Objective), (budget, Budget)):
             if not isinstance(given, kind):
                 raise BadInput(f"{given!r} is no gradaccum.{kind.__name__}")
+        for name, dtype in (("accumulate_dtype", accumulate_dtype), ("grad_dtype", grad_dtype)):
+            if dtype is not None and not isinstance(dtype, torch.dtype):
+                raise BadInput(f"{name}={dtype!r} is no torch.dtype", hint=f"{name}=torch.float32")
         if grad_dtype is not None and accumulate_dtype is None:
             raise BadInput(f"grad_dtype={grad_dtype} needs an accumulate_dtype to be summed in")
         self.model = model
@@ -122,7 +125,7 @@ class Accumulator:
         Raises:
             BadInput: The batch is empty or a weight is negative or not finite.
         """
-        host: HostBatch = as_batch(batch, self._collate)
+        host: HostBatch = as_batch(batch, self._collate, trim=self.objective.trim)
         micros = split(host, self.objective, self.budget)
         inputs = tuple(host.take(micro.examples) for micro in micros)
         if self.objective.weight is None:
@@ -146,11 +149,13 @@ class Accumulator:
             batch: A list of examples on the host, a collated batch, or what `prepare` returned.
 
         Raises:
-            BadInput: Gradients of an unfinished step are still there; the batch is empty.
+            BadInput: Gradients of an unfinished step are still there; the batch is empty; there
+                is more than one process.
             CountMismatch: `loss` and `weight` name different terms.
             NotDecomposable: There are several micro-batches, and BatchNorm is in training mode or
                 a hook waits for accumulated gradients.
         """
+        _refuse_ranks()
         window = batch if isinstance(batch, Window) else self.prepare(batch)
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         if not parameters:
@@ -242,6 +247,14 @@ def _require_cleared(parameters: list[nn.Parameter]) -> None:
         )
     for p in parameters:
         p.grad = None
+
+
+def _refuse_ranks() -> None:
+    """Refuse to leave the gradient of one rank's share, or as many reductions as micro-batches."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        world = torch.distributed.get_world_size()
+        if world > 1:
+            raise BadInput(f"an Accumulator runs on one process so far, and this is one of {world}")
 
 
 def _refuse_coupled(model: nn.Module, num_micros: int) -> None:

@@ -40,6 +40,7 @@ class Objective:
             forward, and the gradients are scaled once, at the end.
         size: Maps one example to its cost in memory (tokens, pixels, 1).
         unit: What the weight counts, for messages.
+        trim: The loss is the same without padding, so that it may be cut from collated batches.
 
     Example:
         >>> rows = Objective(
@@ -53,20 +54,23 @@ class Objective:
     weight: Callable[[Any], Weight] | None
     size: Callable[[Any], int] = lambda example: length(example)
     unit: str = "items"
+    trim: bool = False
 
 
 def length(example: Any) -> int:
-    """Return the number of tokens of an example; 1 where it holds no token ids."""
+    """Return the tokens of an example: its inputs, and its labels where they are others.
+
+    As many labels as inputs are the labels of these inputs, and cost no more. Without tokens: 1.
+    """
     if isinstance(example, (dict, Mapping)):  # dict first: a million of these are asked
-        for key in ("input_ids", "labels"):
-            if key in example and not _is_number(example[key]):
-                return len(example[key])
+        inputs, labels = _num_tokens(example.get("input_ids")), _num_tokens(example.get("labels"))
+        return (inputs if labels in (0, inputs) else inputs + labels) or 1
     return 1
 
 
-def rows(micro: Any) -> int:
-    """Return the number of rows of a micro-batch: of its labels or inputs, or of any tensor."""
-    return count_rows(micro)
+def _num_tokens(value: Any) -> int:
+    is_sequence = isinstance(value, (list, tuple)) or bool(getattr(value, "ndim", 0))
+    return len(value) if is_sequence else 0
 
 
 def tokens(micro: Any) -> Tensor:
@@ -92,7 +96,9 @@ def causal_lm() -> Objective:
 
     Micro-batches are dicts with `labels` of shape (B, T) and whatever the model's forward takes;
     the model returns logits of shape (B, T, V), alone, first in a tuple or as `.logits`. Logits
-    of 16 bits are reduced in float32. Weight: trained tokens. Size: padded tokens.
+    of 16 bits are reduced in float32. Weight: trained tokens. Size: padded tokens. Padding is
+    trimmed: a causal model does not see what comes after, and `attention_mask` hides what comes
+    before.
 
     Example:
         >>> causal_lm().weight({"labels": torch.tensor([[-100, 5, 6], [1, 2, -100]])})
@@ -112,14 +118,15 @@ def causal_lm() -> Objective:
             reduction="sum",
         )
 
-    return Objective(loss, shifted_tokens, length, "trained tokens")
+    return Objective(loss, shifted_tokens, length, "trained tokens", trim=True)
 
 
 def from_mean(
     loss: Callable[[nn.Module, Any], Tensor] | None = None,
     *,
-    weight: str | Callable[[Any], Number] = "rows",
+    weight: str | Callable[[Any], Number],
     size: Callable[[Any], int] = length,
+    trim: bool = False,
 ) -> Objective:
     """Return the objective of a model that only gives a mean: mean times weight is the sum.
 
@@ -132,25 +139,42 @@ def from_mean(
             each row's first, for causal models), or a function of the micro-batch. It is called
             on the host and again on the device: let it return a tensor, not `.item()`.
         size: Maps one example to its cost in memory.
+        trim: The loss is the same without padding, so that it may be cut from collated batches.
 
     Raises:
-        BadInput: `weight` is none of these.
+        BadInput: `weight` is none of these; the model returns no loss.
     """
-    known = {"rows": rows, "tokens": tokens, "shifted_tokens": shifted_tokens}
+    known = {"rows": count_rows, "tokens": tokens, "shifted_tokens": shifted_tokens}
     if isinstance(weight, str) and weight not in known:
         raise BadInput(f"weight={weight!r} is none of {', '.join(known)}, nor a function")
     count = known[weight] if isinstance(weight, str) else weight
-    mean = loss or (lambda model, micro: model(**micro).loss)
+    mean = loss or _own_loss
     unit = weight.replace("_", " ") if isinstance(weight, str) else "items"
-    return Objective(lambda model, micro: mean(model, micro) * count(micro), count, size, unit)
+    return Objective(
+        lambda model, micro: _scalar(mean(model, micro)) * count(micro), count, size, unit, trim
+    )
+
+
+def _own_loss(model: nn.Module, micro: Any) -> Any:
+    loss = model(**micro).loss
+    if loss is None:
+        raise BadInput(
+            f"{type(model).__name__} returns no loss for a batch of {', '.join(map(str, micro))}",
+            hint="add labels to the batch, or pass a loss",
+        )
+    return loss
 
 
 def by_term(weight: Any) -> dict[str, float]:
     """Return a weight as `{term: number}`, checked; one without terms is that of "loss"."""
     terms = weight if isinstance(weight, Mapping) else {"loss": weight}
-    counted = {name: float(value) for name, value in terms.items()}
-    for name, value in counted.items():
-        if not (math.isfinite(value) and value >= 0):
+    counted = {}
+    for name, value in terms.items():
+        try:
+            counted[name] = float(value)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise BadInput(f"the weight of {name!r} is {value!r:.60}, not a number") from error
+        if not (math.isfinite(counted[name]) and counted[name] >= 0):
             raise BadInput(f"the weight of {name!r} is {value}, not a finite number of at least 0")
     return counted
 
@@ -176,7 +200,7 @@ def sum_and_weight(loss: Any, device: torch.device) -> tuple[Tensor, Tensor]:
     A weight below zero becomes nan, and with it the loss and the gradients: refusing it would
     have to wait for the device. So does a sum that is not finite and has no weight.
     """
-    if not (isinstance(loss, tuple) and len(loss) == 2):
+    if not (isinstance(loss, tuple) and len(loss) == 2) or isinstance(loss[0], Mapping):
         raise CountMismatch(
             "the objective has no weight, and its loss does not return (sum, weight)",
             hint="several terms need weights that are known before the forward",
@@ -197,6 +221,8 @@ def _scalar(loss: Any) -> Tensor:
     if not isinstance(loss, Tensor) or loss.ndim:
         kind = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
         raise BadInput(f"the loss has {kind}, and has to be a tensor of shape ()", hint="sum it")
+    if loss.dtype is torch.float16:  # what backward begins with, 1 / weight, may be zero in it
+        raise BadInput("the loss is float16, which ends at 65,504", hint="sum it in float32")
     return loss
 
 
@@ -219,7 +245,3 @@ def _logits(outputs: Any) -> Tensor:
     if isinstance(outputs, Tensor):
         return outputs
     return outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.ndim == 0)

@@ -4,6 +4,7 @@ Modes, random state, buffers, and the dtype in which gradients add up.
 """
 
 import random
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -13,36 +14,37 @@ from torch import nn
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Put back, on leaving, the random state of every device and the model's buffers.
+    """Put back, on leaving, random state, the model's buffers and its modules' plain attributes.
 
     Whatever runs inside (a probe, a proof) leaves the training run as if it had not happened.
-    Python's own generator is covered too, since collators draw from it. NumPy's is not: nothing
-    in torch or transformers draws from its global generator while training.
+    Attributes belong to buffers: they tell, say, for which length a table was computed. The random
+    state is that of every device, and of Python and NumPy, from which collators and some models
+    (masking of spectrograms in transformers) draw.
     """
     devices = (
         list(range(torch.accelerator.device_count())) if torch.accelerator.is_available() else []
     )
     kind = torch.accelerator.current_accelerator() if devices else None
-    owners = [module for module in model.modules() if module._buffers]
-    buffers = [
-        (module, name, buffer, buffer.detach().clone())
-        for module in owners
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    ]
-    python = random.getstate()
+    modules = list(model.modules())
+    attributes = [{k: v for k, v in vars(m).items() if not k.startswith("_")} for m in modules]
+    buffers = [dict(m._buffers) for m in modules]
+    values = [(b, b.detach().clone()) for named in buffers for b in named.values() if b is not None]
+    python, numpy = random.getstate(), sys.modules.get("numpy")
+    drawn = numpy.random.get_state() if numpy else None
     try:
         with torch.random.fork_rng(devices, device_type=kind.type if kind else "cuda"):
             yield
     finally:
         random.setstate(python)
+        if numpy:
+            numpy.random.set_state(drawn)
         with torch.no_grad():
-            for module, name, buffer, value in buffers:
-                now = module._buffers.get(name)
-                # A buffer of another shape is a cache that has grown, with whatever tells its size.
-                if now is not None and now.shape == value.shape:
+            for module, plain, named in zip(modules, attributes, buffers, strict=True):
+                vars(module).update(plain)
+                module._buffers.update(named)
+            for buffer, value in values:
+                if not torch.equal(buffer, value):  # an expanded one cannot be written to
                     buffer.copy_(value)
-                    module._buffers[name] = buffer
 
 
 @contextmanager
@@ -74,22 +76,30 @@ def _repacks_in_eval(module: nn.Module) -> bool:
 def accumulating(
     parameters: list[nn.Parameter], wide: torch.dtype | None, hand_over: torch.dtype | None
 ) -> Iterator[None]:
-    """Let gradients add up in a wider dtype inside; hand them over rounded once on leaving."""
-    own = {}
-    for p in parameters:
-        is_narrow = wide is not None and torch.finfo(p.dtype).bits < torch.finfo(wide).bits
-        if is_narrow or hand_over is not None:
-            own[p] = p.grad_dtype
-            p.grad_dtype = wide if is_narrow else p.dtype
+    """Let gradients add up in a wider dtype inside; hand them over rounded once on leaving.
+
+    Whatever fails, inside or while handing over, no gradient is left.
+
+    Args:
+        parameters: Whose `.grad` is None on entering.
+        wide: Add up at least this wide; None: in what `p.grad_dtype` says.
+        hand_over: The dtype of the gradients on leaving; None: what `p.grad_dtype` says.
+    """
+    before = {p: p.grad_dtype for p in parameters}
     try:
+        for p, own in before.items():
+            kept = own or p.dtype
+            if wide is not None:
+                kept = torch.promote_types(torch.promote_types(p.dtype, kept), wide)
+            p.grad_dtype = kept
         yield
-    except BaseException:
-        for p in parameters:
-            p.grad = None
-        raise
-    finally:
-        for p, before in own.items():
+        for p, own in before.items():
             grad, p.grad = p.grad, None
-            p.grad_dtype = hand_over or before
+            p.grad_dtype = hand_over or own
             if grad is not None:
-                p.grad = grad.to(p.grad_dtype)
+                p.grad = grad.to(hand_over or own or p.dtype)
+    except BaseException:
+        for p, own in before.items():
+            p.grad = None
+            p.grad_dtype = own
+        raise

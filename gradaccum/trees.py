@@ -31,17 +31,18 @@ def named_leaves(tree: Any, key: str = "", lists: bool = True) -> Iterator[tuple
 def count_rows(tree: Any, otherwise: int | None = None) -> int:
     """Return the number of rows: of the labels or inputs, of any tensor, of a list of tensors."""
     found = list(named_leaves(tree, lists=False))
-    counts = {key: leaf.shape[0] for key, leaf in found if isinstance(leaf, Tensor) and leaf.ndim}
-    counts = counts or {key: len(leaf) for key, leaf in found if isinstance(leaf, list) and leaf}
-    named = {"labels", "input_ids", "attention_mask"} & counts.keys()
-    if not named and len(set(counts.values())) > 1:
+    counts = [(key, len(leaf)) for key, leaf in found if isinstance(leaf, Tensor) and leaf.ndim]
+    counts = counts or [(key, len(leaf)) for key, leaf in found if isinstance(leaf, list) and leaf]
+    named = [(key, n) for key, n in counts if key in ("labels", "input_ids", "attention_mask")]
+    decisive = named or counts
+    if len({n for _, n in decisive}) > 1:
+        listed = ", ".join(f"{key} {n}" if key else str(n) for key, n in decisive)
         raise BadInput(
-            f"the first dimensions of the batch disagree ({counts}), so its rows are not known",
+            f"the first dimensions of the batch disagree ({listed}), so its rows are not known",
             hint="pass a list of examples; constants belong into the objective, not the batch",
         )
-    for key in ("labels", "input_ids", "attention_mask", *counts):
-        if key in counts:
-            return counts[key]
+    if decisive:
+        return decisive[0][1]
     if otherwise is not None:
         return otherwise
     raise BadInput(
@@ -51,8 +52,17 @@ def count_rows(tree: Any, otherwise: int | None = None) -> int:
 
 
 def to_device(tree: Any, device: torch.device) -> Any:
-    """Return the tree with its tensors on the device; pinned ones without waiting for the copy."""
-    return map_tensors(tree, lambda leaf: leaf.to(device, non_blocking=True))
+    """Return the tree with its tensors on the device, without waiting for the copy.
+
+    Only pinned memory is copied without waiting; torch keeps what was pinned for the next time.
+    """
+
+    def move(leaf: Tensor) -> Tensor:
+        if device.type == "cuda" and leaf.device.type == "cpu" and not leaf.is_sparse:
+            leaf = leaf.pin_memory()
+        return leaf.to(device, non_blocking=True)
+
+    return map_tensors(tree, move)
 
 
 def map_tensors(tree: Any, function: Callable[[Tensor], Any]) -> Any:

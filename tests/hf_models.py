@@ -18,11 +18,10 @@ def llama(seed: int = 0, **kwargs) -> LlamaForCausalLM:
         num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=2,
-        max_position_embeddings=128,
         pad_token_id=0,
         bos_token_id=1,
         eos_token_id=1,
-        **{"tie_word_embeddings": True} | kwargs,
+        **{"tie_word_embeddings": True, "max_position_embeddings": 128} | kwargs,
     )
     torch.manual_seed(seed)
     net = LlamaForCausalLM(config)

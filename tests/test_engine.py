@@ -3,6 +3,7 @@
 import copy
 import random
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -394,7 +395,9 @@ def test_rows_are_counted_by_the_labels_not_by_a_constant():
     def mean(net, micro):
         return F.cross_entropy(net(micro["x"]) * micro["scale"], micro["labels"])
 
-    found, step = accumulated(net, batch, Budget(examples=4), gradaccum.from_mean(mean))
+    found, step = accumulated(
+        net, batch, Budget(examples=4), gradaccum.from_mean(mean, weight="rows")
+    )
     assert step.weight == 5
     expected = oracle.gradients(net, {"loss": mean(net, batch)}, {"loss": 1})
     assert oracle.error(found, expected) <= 1e-12
@@ -435,6 +438,10 @@ def test_wrong_objectives_are_refused():
         (lambda n, m: n(m["x"]).sum(), lambda m: -1, BadInput, "at least 0"),
         (lambda n, m: n(m["x"]).sum(), None, CountMismatch, r"\(sum, weight\)"),
         (lambda n, m: (n(m["x"]).sum(), torch.ones(2)), None, BadInput, "not one number"),
+        (lambda n, m: ({"a": 1}, {"a": 1}), None, CountMismatch, "several terms need"),
+        (lambda n, m: n(m["x"]).sum(), lambda m: m["x"], BadInput, "not a number"),
+        (lambda n, m: n(m["x"]).sum(), lambda m: None, BadInput, "is None, not a number"),
+        (lambda n, m: n(m["x"]).sum().half(), lambda m: 1, BadInput, "float16, which ends"),
         (
             lambda n, m: {"a": n(m["x"]).sum(), "b": 0.0},
             lambda m: {"a": 1, "b": 0},
@@ -447,6 +454,11 @@ def test_wrong_objectives_are_refused():
             accumulated(net, batch, Budget(examples=2), gradaccum.Objective(loss, weight))
     with pytest.raises(BadInput, match=r"512 is no gradaccum.Budget"):
         gradaccum.Accumulator(net, gradaccum.causal_lm(), budget=512)
+    with pytest.raises(BadInput, match=r"no torch\.dtype"):
+        accumulated(net, batch, Budget(examples=2), accumulate_dtype="float32")
+    with pytest.raises(BadInput, match="Linear returns no loss for a batch of x"):
+        net.forward = lambda x: SimpleNamespace(loss=None)
+        accumulated(net, batch, Budget(examples=2), gradaccum.from_mean(weight="rows"))
     with pytest.raises(BadInput, match="no examples"):
         accumulated(net, [], Budget(examples=2))
     weights = iter([{"a": 1}, {"a": 1, "b": 1}])
@@ -501,3 +513,61 @@ def test_dataloader_lists_of_tensors_are_a_batch():
     assert step.num_micros == 3
     loss = F.cross_entropy(net(x), y, reduction="sum")
     assert oracle.error(found, oracle.gradients(net, {"loss": loss}, {"loss": 7})) <= 1e-12
+
+
+def test_a_loss_that_sees_padding_gets_it():
+    """Only an objective that says so has its padding cut: here positions compete in a softmax."""
+    net = nn.Linear(1, 1).double()
+    batch = {
+        "input_ids": torch.arange(12.0, dtype=torch.float64).reshape(3, 4),
+        "attention_mask": torch.tensor([[1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 1, 1]]),
+        "labels": torch.tensor([1, 0, 3]),
+    }
+
+    def mean(net, micro):
+        return F.cross_entropy(net(micro["input_ids"][..., None])[..., 0], micro["labels"])
+
+    objective = gradaccum.from_mean(mean, weight="rows")
+    found, _ = accumulated(net, batch, Budget(examples=1), objective)
+    expected = oracle.gradients(net, {"loss": mean(net, batch)}, {"loss": 1})
+    assert oracle.error(found, expected) <= 1e-12
+
+
+def test_pairs_that_are_nested():
+    """The gradient of a preference loss over two token batches that share a width."""
+    net = model()
+    sides = {
+        name: {k: v for k, v in collated(examples(lengths, seed), extra=3).items() if k != "labels"}
+        for name, lengths, seed in (("chosen", [9, 3, 5], 0), ("rejected", [2, 9, 4], 1))
+    }
+
+    def score(net, side):
+        logits = net(**side)
+        return (logits.logsumexp(-1) * side["attention_mask"]).sum(-1)
+
+    def loss(net, m):
+        return -F.logsigmoid(score(net, m["chosen"]) - score(net, m["rejected"])).sum()
+
+    objective = gradaccum.Objective(loss, lambda m: len(m["chosen"]["input_ids"]), trim=True)
+    found, step = accumulated(net, sides, Budget(examples=1), objective)
+    assert step.num_micros == 3
+    expected = oracle.gradients(net, {"loss": loss(net, sides)}, {"loss": 3})
+    assert oracle.error(found, expected) <= 1e-12
+
+
+def test_several_processes_are_refused(monkeypatch):
+    net, batch = model(), examples([3, 5])
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    with pytest.raises(BadInput, match="one process so far, and this is one of 2"):
+        accumulated(net, batch, Budget(examples=1))
+
+
+def test_examples_hold_scalars_of_any_kind():
+    import numpy as np
+
+    sizes = [gradaccum.causal_lm().size({"input_ids": ids}) for ids in ([1, 2], np.ones(3), None)]
+    assert sizes == [2, 3, 1]
+    assert gradaccum.causal_lm().size({"labels": np.int64(3), "input_ids": [1, 2, 3]}) == 3
+    assert gradaccum.causal_lm().size({"labels": [1, 2], "input_ids": [1, 2, 3]}) == 5
+    assert gradaccum.causal_lm().size({"labels": [1, 2, 3], "input_ids": [1, 2, 3]}) == 3

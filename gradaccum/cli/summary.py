@@ -65,11 +65,11 @@ def _batch_line(trainer: Any, rows: list[Any]) -> str:
     size = accumulation.effective_batch_size
     windows = [rows[i : i + size] for i in range(0, len(rows), size)]
     windows = [window for window in windows if len(window) == size] or windows
-    budgets = [accumulation.budget_for(window) for window in windows]
+    budgets = [accumulation.cut.budget_for(window) for window in windows]
     cuts = [split(w, causal_lm(), b) for w, b in zip(windows, budgets, strict=True)]
     largest = max(budgets, key=lambda budget: budget.tokens or 0)
-    why = f"what {accumulation.rows} of the longest take"
-    if accumulation.budget is not None:
+    why = f"what {accumulation.cut.rows} of the longest take"
+    if accumulation.cut.budget is not None:
         why = "--budget"
     elif largest.tokens == CPU_TOKENS:
         why = "more at once is not faster on a CPU"

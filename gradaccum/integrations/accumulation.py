@@ -1,22 +1,69 @@
-"""What an attached trainer carries: examples through the loader, budget, batch size, last step."""
+"""What an attached trainer carries: how a step is cut, its examples, the last step."""
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
-import torch
+from torch.utils.data import get_worker_info
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import has_length
 
-from gradaccum.batch import HostBatch
+from gradaccum.batch import Collate, Listed
 from gradaccum.contract import Counter
 from gradaccum.engine import Accumulator, Window
 from gradaccum.errors import BadInput
-from gradaccum.objective import length
+from gradaccum.objective import causal_lm, length
+from gradaccum.split import split
 from gradaccum.types import Budget, Step
 
-# A CPU runs micro-batches of 512 tokens as fast as larger ones (benchmarks/results/attach.json),
-# so more rows at once would only pad and take memory. An accelerator has no such small knee.
+# A CPU runs micro-batches of 512 tokens as fast as larger ones (docs/log.md), so more rows at once
+# would only pad and take memory. An accelerator has no such small knee.
 CPU_TOKENS = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """Say how large a micro-batch may be; the loader's workers get a copy.
+
+    Args:
+        budget: Fixed budget; None: follow `rows`.
+        rows: Rows that fit into memory at once, by the trainer's own arguments.
+        on_cpu: Whether the trainer runs on the CPU.
+    """
+
+    budget: Budget | None
+    rows: int
+    on_cpu: bool
+
+    def budget_for(self, examples: Sequence[Any]) -> Budget:
+        """Return the budget; by default what `rows` of the longest example take with padding.
+
+        That is the most that a stock micro-batch of `rows` would take with this batch, so nothing
+        needs more memory than the trainer's own arguments already ask for. Where an example holds
+        more than tokens (pixels, sound), it is also at most `rows` examples. On the CPU it is at
+        most 512 tokens, since more at once is not faster there.
+        """
+        if self.budget is not None:
+            return self.budget
+        tokens = self.rows * max(map(length, examples))
+        is_text = all(map(_is_text, examples))
+        return Budget(
+            tokens=min(tokens, CPU_TOKENS) if self.on_cpu else tokens,
+            examples=None if is_text else self.rows,
+        )
+
+
+def _is_text(example: Any) -> bool:
+    """Tell whether all that an example holds is numbers, text and flat lists of numbers."""
+    return isinstance(example, Mapping) and all(map(_is_flat, example.values()))
+
+
+def _is_flat(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return not value or isinstance(value[0], (int, float, str, dict))
+    is_array = hasattr(value, "ndim")
+    return value.ndim < 2 if is_array else isinstance(value, (int, float, str, type(None)))
 
 
 class Examples:
@@ -24,10 +71,29 @@ class Examples:
 
     accelerate moves lists, dicts and tensors to the device as soon as they leave the loader. It
     passes this by, so that device memory does not grow with the effective batch.
+
+    Args:
+        examples: As the data set yields them.
+        ready: Micro-batches that a worker of the loader has collated.
     """
 
-    def __init__(self, examples: list[Any]) -> None:
+    def __init__(
+        self, examples: list[Any], ready: Mapping[tuple[int, ...], Any] | None = None
+    ) -> None:
         self.examples = examples
+        self.ready = ready
+
+
+def carry(examples: list[Any], *, collate: Collate, cut: Cut) -> Examples:
+    """Collate for the loader: cut and collate in its workers, else only carry.
+
+    In the main process collators have to wait until a resumed run has restored the random state.
+    """
+    if get_worker_info() is None:
+        return Examples(examples)
+    batch = Listed(examples, collate)
+    micros = split(batch, causal_lm(), cut.budget_for(examples))  # by length, as the trainer does
+    return Examples(examples, {micro.examples: batch.take(micro.examples) for micro in micros})
 
 
 class Accumulation:
@@ -35,34 +101,20 @@ class Accumulation:
 
     Args:
         effective_batch_size: Examples in one step.
-        budget: Fixed budget; None: follow `rows`, see `budget_for`.
-        rows: Rows that fit into memory at once, by the trainer's own arguments.
-        device: Where the trainer runs.
+        cut: How large a micro-batch may be.
     """
 
-    def __init__(
-        self, effective_batch_size: int, budget: Budget | None, rows: int, device: torch.device
-    ) -> None:
+    def __init__(self, effective_batch_size: int, cut: Cut) -> None:
         self.effective_batch_size = effective_batch_size
-        self.budget = budget
-        self.rows = rows
-        self.device = device
+        self.cut = cut
+        self.begin()
+
+    def begin(self) -> None:
+        """Forget the run before: another one may bring another model or another loss."""
         self.last: Step | None = None
         self.window: Window | None = None
         self.counters: tuple[Counter, ...] | None = None
         self.accumulator: Accumulator | None = None
-
-    def budget_for(self, batch: HostBatch) -> Budget:
-        """Return the budget; by default what `rows` of the longest example take with padding.
-
-        That is the most that a stock micro-batch of `rows` would take with this batch, so nothing
-        needs more memory than the trainer's own arguments already ask for. On the CPU it is at
-        most 512 tokens, since more at once is not faster there.
-        """
-        if self.budget is not None:
-            return self.budget
-        tokens = self.rows * max(1, *map(length, batch))
-        return Budget(tokens=min(tokens, CPU_TOKENS) if self.device.type == "cpu" else tokens)
 
 
 class SameBatch(TrainerCallback, ExportableState):
@@ -81,30 +133,31 @@ class SameBatch(TrainerCallback, ExportableState):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
     ) -> None:
-        size, kept = (
-            args.per_device_train_batch_size,
-            cast(dict[str, Any], state.stateful_callbacks),
-        )
+        own = args.per_device_train_batch_size
+        kept = cast(dict[str, Any], state.stateful_callbacks)
         entry = kept.get(type(self).__name__, self.state())
         saved = entry["attributes"]["effective_batch_size"]
-        self.effective_batch_size = size
+        self.effective_batch_size = own
         kept[type(self).__name__] = self.state()
         if args.ignore_data_skip or not state.global_step:
             return
-        if saved is None:  # a checkpoint of a trainer that was not attached tells its epoch
-            loader = given.get("train_dataloader")
-            is_sized = (
-                has_length(getattr(loader, "dataset", None)) and not args.dataloader_drop_last
-            )
-            steps = (state.epoch or 0) * len(loader) if loader is not None and is_sized else 0
-            # Its epoch counts micro-batches, of which the last step may have fewer.
-            is_same = not steps or -1e-6 < steps - state.global_step < 1 - 1e-6
+        if saved is None and not _may_be(own, state, args, given.get("train_dataloader")):
             saved = "another number of"
-        else:
-            is_same = saved == size
-        if not is_same:
+        if saved not in (None, own):
             raise BadInput(
                 f"the checkpoint was made with an effective batch of {saved} examples, and this "
-                f"run has {size}: it would skip examples or repeat them",
+                f"run has {own}: it would skip examples or repeat them",
                 hint="resume with the same number, or set ignore_data_skip to begin the data anew",
             )
+
+
+def _may_be(own: int, state: TrainerState, args: TrainingArguments, loader: Any) -> bool:
+    """Tell whether a checkpoint of a trainer that was not attached may have had batches of `own`.
+
+    It tells the size of its micro-batches and its epoch, which counts them; the last step of an
+    epoch may have had fewer. Of a stream nothing can be told.
+    """
+    if not has_length(getattr(loader, "dataset", None)) or own % (state.train_batch_size or 1):
+        return False
+    steps = (state.epoch or 0) * len(loader)
+    return args.dataloader_drop_last or -1e-6 < steps - state.global_step < 1 - 1e-6

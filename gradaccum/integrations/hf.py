@@ -23,15 +23,15 @@ import torch
 from accelerate.utils.memory import clear_device_cache
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainingArguments
-from transformers.trainer_utils import has_length
-from transformers.training_args import OptimizerNames
+from transformers import Trainer
+from transformers.trainer_utils import TrainOutput, has_length
 
 from gradaccum import contract, verify
 from gradaccum.batch import Listed
 from gradaccum.engine import Accumulator, Window
 from gradaccum.errors import BadInput, NotDecomposable
-from gradaccum.integrations.accumulation import Accumulation, Examples, SameBatch
+from gradaccum.integrations.accumulation import Accumulation, Cut, Examples, SameBatch, carry
+from gradaccum.integrations.refusals import refuse
 from gradaccum.objective import Objective, length
 from gradaccum.state import undisturbed, without_dropout
 from gradaccum.types import Budget, Micro, Proof
@@ -44,11 +44,26 @@ class Attached(Trainer):
 
     accumulation: Accumulation
 
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        self.accumulation.begin()
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self.accumulation.window = None
+
     def get_train_dataloader(self) -> DataLoader:
+        own = (self.args.per_device_train_batch_size, self.args.gradient_accumulation_steps)
+        if own != (self.accumulation.effective_batch_size, 1):
+            raise BadInput(
+                f"since attach the arguments were changed to {own[0]} x {own[1]}, and a step takes "
+                f"{self.accumulation.effective_batch_size} examples",
+                hint="attach(trainer, effective_batch_size=...) on a new trainer",
+            )
         config = self.accelerator.dataloader_config
+        carrying = functools.partial(carry, collate=self.data_collator, cut=self.accumulation.cut)
         # One process reads for itself; accelerate's dispatcher would try to concatenate examples.
         with (
-            _replaced(self, "data_collator", Examples),
+            _replaced(self, "data_collator", carrying),
             _replaced(config, "dispatch_batches", False),
         ):
             loader = super().get_train_dataloader()
@@ -89,7 +104,8 @@ class Attached(Trainer):
         if callable(switch):
             switch()
         accumulation = self.accumulation
-        accumulation.window = self._prepare(model, Listed(inputs.examples, self.data_collator))
+        accumulation.window = None  # the last one's inputs go before these are collated
+        accumulation.window = self._prepare(model, inputs)
         inputs.examples = []  # collated now; as Python lists they take several times the memory
         accumulation.last = self._accumulator(model).backward(accumulation.window)
         every = self.args.torch_empty_cache_steps
@@ -98,14 +114,17 @@ class Attached(Trainer):
         return accumulation.last.loss_tensor.to(self.args.device)
 
     def floating_point_ops(self, inputs: Any) -> int:
-        window = self.accumulation.window
-        assert window is not None, "operations are counted after the step"
-        return sum(super(Attached, self).floating_point_ops(part) for part in window.inputs)
+        parts = self._parts(inputs)
+        return sum(super(Attached, self).floating_point_ops(part) for part in parts)
 
     def _track_num_input_tokens(self, inputs: Any) -> None:
-        assert self.accumulation.window is not None, "tokens are tracked after the step"
-        for part in self.accumulation.window.inputs:
+        for part in self._parts(inputs):
             super()._track_num_input_tokens(part)
+
+    def _parts(self, inputs: Any) -> tuple[Any, ...]:
+        """Return what the trainer counts after a step: its micro-batches; or any other inputs."""
+        window = self.accumulation.window
+        return window.inputs if isinstance(inputs, Examples) and window is not None else (inputs,)
 
     def proof(self, examples: list[Any]) -> Proof:
         """Compare the accumulated gradient of these examples with that of one pass over them.
@@ -119,7 +138,7 @@ class Attached(Trainer):
             raise BadInput(f"proof takes a list of examples, not {type(examples).__name__}")
         with self._aside(model):
             batch = Listed(examples, self.data_collator)
-            self._prepare(model, batch)  # measures the loss if no step has
+            self._prepare(model, Examples(examples))  # measures the loss if no step has
             settled = batch.settled(range(len(examples)))
             accumulated = accumulator.prepare(settled)
             if len(accumulated.micros) == 1 < len(examples):  # that would compare it with itself
@@ -138,15 +157,16 @@ class Attached(Trainer):
             )
         return Proof(error, floor, len(examples), len(accumulated.micros))
 
-    def _prepare(self, model: nn.Module, batch: Listed) -> Window:
+    def _prepare(self, model: nn.Module, given: Examples) -> Window:
         """Cut and count a batch, once it is known what the loss divides by."""
         accumulation, accumulator = self.accumulation, self._accumulator(model)
-        accumulator.budget = accumulation.budget_for(batch)
+        accumulator.budget = accumulation.cut.budget_for(given.examples)
+        batch = Listed(given.examples, self.data_collator)
         if accumulation.counters is None:
             accumulation.counters = self._measure(model, batch)
-        elif self.state.global_step.bit_count() == 1:  # again at steps 1, 2, 4, 8, ...
+        elif _is_due(self.state.global_step):
             self._refuse_undivided(model, batch)
-        window = accumulator.prepare(batch)
+        window = accumulator.prepare(Listed(given.examples, self.data_collator, given.ready))
         if any(contract.differ(accumulation.counters, part) for part in window.inputs):
             accumulation.counters = self._measure(model, batch)
             if len(accumulation.counters) > 1:
@@ -168,8 +188,7 @@ class Attached(Trainer):
             current = Accumulator(
                 model,
                 objective,
-                budget=Budget(examples=self.accumulation.rows),
-                collate=self.data_collator,
+                budget=Budget(examples=1),  # set anew for each batch
                 backward=self.accelerator.backward,
                 after_micro=self._after_micro,
             )
@@ -202,7 +221,8 @@ class Attached(Trainer):
             return contract.consistent_counters(
                 functools.partial(self._counted_loss, model),
                 batch,
-                tolerance=3e-2 if is_low else 1e-4,
+                num_rows=2 if self.accumulation.cut.rows == 1 else 3,  # one row more, no gradient
+                is_low=is_low,
                 name=self._loss_name(model),
                 counters=(self._own_count,) if self._is_own_loss() else contract.COUNTERS,
             )
@@ -287,8 +307,9 @@ def attach(
         raise BadInput(
             f"budget={budget!r} is no gradaccum.Budget", hint="budget=gradaccum.Budget(tokens=8192)"
         )
-    _refuse_arguments(trainer, args)
-    accumulation = Accumulation(size, budget, args.train_batch_size, args.device)
+    refuse(trainer)
+    cut = Cut(budget, args.train_batch_size, args.device.type == "cpu")
+    accumulation = Accumulation(size, cut)
     trainer.accumulation = accumulation  # pyright: ignore[reportAttributeAccessIssue]
     trainer.add_callback(SameBatch())
     trainer.args = copy.copy(args)
@@ -303,32 +324,9 @@ def attach(
     return trainer
 
 
-def _refuse_arguments(trainer: Trainer, args: TrainingArguments) -> None:
-    """Say what attach cannot do before anything has started."""
-    if args.world_size > 1 or args.n_gpu > 1:
-        count = max(args.world_size, args.n_gpu)
-        raise BadInput(
-            f"attach runs on one process and one device so far, and this trainer uses {count}",
-            hint="make one device visible with CUDA_VISIBLE_DEVICES=0",
-        )
-    for base in type(trainer).__mro__:
-        for name in ("training_step", "get_batch_samples"):
-            if name in vars(base) and not base.__module__.startswith(("transformers.", "trl.")):
-                raise BadInput(
-                    f"{base.__name__}.{name} would not be called: attach runs the step itself",
-                    hint="override compute_loss, or use a callback such as on_pre_optimizer_step",
-                )
-    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
-        raise BadInput("attach does not work with DeepSpeed or FSDP so far")
-    if args.auto_find_batch_size:
-        raise BadInput(
-            "auto_find_batch_size shrinks the effective batch and starts over on changed weights",
-            hint="leave it out and pass attach(trainer, budget=...)",
-        )
-    if args.optim in (OptimizerNames.LOMO, OptimizerNames.ADALOMO):
-        raise NotDecomposable(
-            f"optim={args.optim!s} updates the weights inside backward, at every micro-batch"
-        )
+def _is_due(step: int) -> bool:
+    """Tell whether to look again for terms that begin at zero: at 1, 2, 4, 8, ... and each 128."""
+    return step.bit_count() == 1 or step % 128 == 0
 
 
 @contextmanager

@@ -1,0 +1,53 @@
+"""What `attach` cannot do, said before anything has started.
+
+Tested with transformers 5.17 and 5.23, trl 1.16.
+"""
+
+from transformers import Trainer
+from transformers.training_args import OptimizerNames
+
+from gradaccum.errors import BadInput, NotDecomposable
+
+# Where the methods may come from that `Attached` replaces. Those of TRL here only switch activation
+# offloading on, in others they generate data or count steps.
+KNOWN = {
+    "training_step": {
+        "transformers.trainer",
+        "trl.trainer.sft_trainer",
+        "trl.trainer.dpo_trainer",
+        "trl.trainer.kto_trainer",
+        "trl.trainer.reward_trainer",
+    },
+    "get_batch_samples": {"transformers.trainer"},
+}
+
+
+def refuse(trainer: Trainer) -> None:
+    """Raise BadInput or NotDecomposable, with the cause, for a trainer that cannot be attached."""
+    args = trainer.args
+    if args.world_size > 1 or args.n_gpu > 1:
+        count = max(args.world_size, args.n_gpu)
+        raise BadInput(
+            f"attach runs on one process and one device so far, and this trainer uses {count}",
+            hint="make one device visible with CUDA_VISIBLE_DEVICES=0",
+        )
+    for name, modules in KNOWN.items():
+        # What would run, not what the class says: methods are patched on classes and instances.
+        method = getattr(trainer, name)
+        function = getattr(method, "__func__", method)
+        if function.__module__ not in modules or not function.__qualname__.endswith(f".{name}"):
+            raise BadInput(
+                f"{function.__qualname__} would not be called: attach runs the step itself",
+                hint="override compute_loss, or use a callback such as on_pre_optimizer_step",
+            )
+    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+        raise BadInput("attach does not work with DeepSpeed or FSDP so far")
+    if args.auto_find_batch_size:
+        raise BadInput(
+            "auto_find_batch_size shrinks the effective batch and starts over on changed weights",
+            hint="leave it out and pass attach(trainer, budget=...)",
+        )
+    if args.optim in (OptimizerNames.LOMO, OptimizerNames.ADALOMO):
+        raise NotDecomposable(
+            f"optim={args.optim!s} updates the weights inside backward, at every micro-batch"
+        )
