@@ -9,8 +9,9 @@ import torch
 import transformers
 from torch import Tensor
 
-from gradaccum.batch import Collated, Listed, as_batch, pad_collate
+from gradaccum.batch import Collated, Listed, as_batch
 from gradaccum.errors import BadInput
+from gradaccum.padding import pad_collate
 from gradaccum.trees import map_tensors, to_device
 from tests.models import collated, examples
 

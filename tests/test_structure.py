@@ -11,12 +11,13 @@ ROOT = Path(gradaccum.__file__).parent
 LAYERS = {
     "errors": 0,
     "types": 1, "trees": 1,
-    "objective": 2, "batch": 2, "device": 2,
-    "split": 3, "state": 3,
-    "engine": 4, "contract": 4,
-    "verify": 5,
-    "integrations": 6,
-    "cli": 7, "__main__": 8,
+    "padding": 2,
+    "objective": 3, "batch": 3, "device": 3,
+    "split": 4, "state": 4,
+    "engine": 5, "contract": 5,
+    "verify": 6,
+    "integrations": 7,
+    "cli": 8, "__main__": 9,
 }  # fmt: skip
 
 
