@@ -175,7 +175,8 @@ class Proof:
 
     Args:
         relative_error: ||g - g_full|| / ||g_full||.
-        floor: The same for two full passes, rows in opposite order: what rounding alone causes.
+        floor: What rounding alone causes: the same for two full passes with their rows in opposite
+            order, or storing the gradients in their dtype, whichever is more.
         num_examples: Examples compared.
         num_micros: Micro-batches into which they were cut.
     """

@@ -8,34 +8,46 @@ from torch import Tensor, nn
 from gradaccum.state import undisturbed
 
 
-def gradient_difference(
-    model: nn.Module, run: Callable[[], object], reference: Callable[[], object]
-) -> float:
-    """Return ||g - g_ref|| / ||g_ref|| over all parameters, computed in float64.
+def gradients(model: nn.Module, run: Callable[[], object]) -> list[Tensor]:
+    """Return what `run` leaves in `.grad`, one float64 tensor on the CPU for each parameter.
 
-    Both leave gradients in `.grad`, starting from none; the model, its buffers and the random
-    state are as before afterwards, and the gradients are cleared. No gradient counts as zero.
+    The model, its buffers and the random state are as before afterwards, and the gradients are
+    cleared. No gradient counts as zero.
 
     Args:
-        model: Whose gradients are compared; in a mode without dropout.
-        run: Leaves the gradients in question, such as an accumulated step.
-        reference: Leaves the gradients to compare with, such as one pass over the full batch.
+        model: In a mode without dropout, its gradients cleared.
+        run: Leaves gradients, such as an accumulated step or one pass over the full batch.
     """
-    found, expected = _gradients(model, run), _gradients(model, reference)
-    difference = norm = 0.0
-    for g, g_ref in zip(found, expected, strict=True):
-        difference += (g - g_ref).square().sum().item()
-        norm += g_ref.square().sum().item()
-    return (difference / norm) ** 0.5 if norm else float(difference > 0)
-
-
-def _gradients(model: nn.Module, run: Callable[[], object]) -> list[Tensor]:
     parameters = [p for p in model.parameters() if p.requires_grad]
     with undisturbed(model):
         run()
-    gradients = [
-        (torch.zeros_like(p) if p.grad is None else p.grad).cpu().double() for p in parameters
-    ]
+    found = [(torch.zeros_like(p) if p.grad is None else p.grad).cpu().double() for p in parameters]
     for p in parameters:
         p.grad = None
-    return gradients
+    return found
+
+
+def relative_error(found: list[Tensor], expected: list[Tensor]) -> float:
+    """Return ||found - expected|| / ||expected|| over all tensors."""
+    difference = _norm([a - b for a, b in zip(found, expected, strict=True)])
+    norm = _norm(expected)
+    return difference / norm if norm else float(difference > 0)
+
+
+def rounding(model: nn.Module, gradients: list[Tensor]) -> float:
+    """Return the relative error that storing these gradients in the parameters' dtype causes.
+
+    A number between 2^e and 2^(e+1) is off by up to half of 2^e eps, by 1/sqrt(12) of it in the
+    root mean square; two that are rounded apart differ by sqrt(2) of that. Dominates in 16 bits.
+    """
+    dtypes = [p.dtype for p in model.parameters() if p.requires_grad]
+    steps = [
+        torch.where(g == 0, 0.0, torch.exp2(g.abs().log2().floor())) * torch.finfo(dtype).eps
+        for g, dtype in zip(gradients, dtypes, strict=True)
+    ]
+    norm = _norm(gradients)
+    return _norm(steps) / norm / 6**0.5 if norm else 0.0
+
+
+def _norm(tensors: list[Tensor]) -> float:
+    return sum(t.square().sum().item() for t in tensors) ** 0.5

@@ -147,13 +147,13 @@ class Attached(Trainer):
             accumulator.budget = Budget(examples=len(examples))
             full = accumulator.prepare(settled)
             turned = settled.take(full.micros[0].examples[::-1])
-            error, floor = (
-                verify.gradient_difference(
-                    model,
-                    functools.partial(accumulator.backward, other),
-                    functools.partial(accumulator.backward, full),
-                )
-                for other in (accumulated, dataclasses.replace(full, inputs=(turned,)))
+            left, expected, reordered = (
+                verify.gradients(model, functools.partial(accumulator.backward, window))
+                for window in (accumulated, full, dataclasses.replace(full, inputs=(turned,)))
+            )
+            error = verify.relative_error(left, expected)
+            floor = max(
+                verify.relative_error(reordered, expected), verify.rounding(model, expected)
             )
         return Proof(error, floor, len(examples), len(accumulated.micros))
 
