@@ -14,6 +14,12 @@ GIB = 2**30
 IGNORE_INDEX = -100  # the label that torch's cross entropy skips
 
 
+def counted(num: int, noun: str) -> str:
+    """Return "1 step", "2,048 steps" or "37 micro-batches"."""
+    plural = "" if num == 1 else "es" if noun.endswith("ch") else "s"
+    return f"{num:,} {noun}{plural}"
+
+
 @dataclass(frozen=True, slots=True)
 class Budget:
     """Bound the size of one micro-batch.
@@ -49,13 +55,8 @@ class Budget:
                 raise BadInput(f"Budget({name}={bound}) is below 1")
 
     def __str__(self) -> str:
-        bounds = ((self.tokens, "tokens"), (self.examples, "examples"))
-        return " and ".join(f"{bound:,} {unit}" for bound, unit in bounds if bound is not None)
-
-
-def count(num_micros: int) -> str:
-    """Return "1 micro-batch" or "37 micro-batches"."""
-    return f"{num_micros:,} micro-batch{'es' if num_micros != 1 else ''}"
+        bounds = ((self.tokens, "token"), (self.examples, "example"))
+        return " and ".join(counted(bound, noun) for bound, noun in bounds if bound is not None)
 
 
 class Micro(NamedTuple):
@@ -160,7 +161,8 @@ class Step:
     def __str__(self) -> str:
         weight = self.weight
         total = sum(weight.values()) if isinstance(weight, dict) else weight
-        parts = [f"loss {self.loss:.4f}", f"{total:,.0f} {self.unit} in {count(self.num_micros)}"]
+        micros = counted(self.num_micros, "micro-batch")
+        parts = [f"loss {self.loss:.4f}", f"{total:,.0f} {self.unit} in {micros}"]
         if not total:
             parts.append(f"no {self.unit}: the gradients are zero")
         parts += [f"not finite: examples {list(micro.examples)}" for micro in self.nonfinite]
@@ -188,7 +190,8 @@ class Proof:
 
     def __str__(self) -> str:
         return (
-            f"{self.num_examples} examples, {count(self.num_micros)} accumulated against "
-            f"one full batch: relative gradient error {self.relative_error:.1e} "
+            f"{counted(self.num_examples, 'example')}, "
+            f"{counted(self.num_micros, 'micro-batch')} accumulated against one full batch: "
+            f"relative gradient error {self.relative_error:.1e} "
             f"(rounding alone: {self.floor:.1e})"
         )

@@ -2,6 +2,8 @@
 
 import json
 import os
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -73,7 +75,7 @@ def test_json_goes_to_stdout_alone(model_dir, data_file, tmp_path, capfd):
     assert summary["steps"] == 2 and summary["samples"] == 20
     flags = {"max_steps": 1, "effective_batch_size": 32}
     assert run(model_dir, data_file, tmp_path / "few", **flags) == 0
-    assert "only 30 examples, and each step takes those" in capfd.readouterr().err
+    assert "each step takes the 30 examples that there are" in capfd.readouterr().err
     assert 0 < summary["proof"]["relative_error"] < 1e-6
 
 
@@ -113,10 +115,35 @@ def test_sigterm_saves_a_checkpoint_and_says_how_to_go_on(model_dir, data_file, 
         if line.startswith("step 3/"):
             process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=60) == 128 + signal.SIGTERM
-    text = "".join(seen)
-    assert "stopped by SIGTERM, saved" in text and "--resume_from_checkpoint" in text
+    assert "stopped by SIGTERM, saved" in seen[-2]
     saved = sorted(output.glob("checkpoint-*"))
     assert len(saved) == 1 and (saved[0] / "optimizer.pt").is_file()
+    command = shlex.split(seen[-1].removeprefix("go on with: "))
+    assert command[:2] == ["gradaccum", "train"] and command[-1] == str(saved[0])
+    step = int(saved[0].name.removeprefix("checkpoint-"))
+    assert main([*command[1:], f"--max_steps={step + 1}"]) == 0  # the words are the command's
+
+
+def test_a_second_signal_stops_at_once(model_dir, data_file, tmp_path):
+    words = [
+        sys.executable, "-m", "gradaccum", "train", f"--model_name_or_path={model_dir}",
+        f"--dataset_name={data_file}", f"--output_dir={tmp_path / 'out'}", "--max_steps=100000",
+        "--effective_batch_size=4096", "--budget=1 example",
+    ]  # fmt: skip
+    pairs = data_file.read_text()
+    data_file.write_text(pairs * 140)  # a step of many seconds
+    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
+    seen = []
+    for line in process.stderr:
+        seen.append(line)
+        if line.startswith("output"):
+            time.sleep(4)
+            process.send_signal(signal.SIGINT)
+        if line.startswith("stopping after this step"):
+            process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 130
+    assert seen[-1] == "stopped at once: nothing more was saved\n"
+    assert "Traceback" not in "".join(seen)
 
 
 @pytest.mark.parametrize("quantised", [False, True])
@@ -163,6 +190,27 @@ def test_a_config_file_gives_defaults_that_flags_override(model_dir, data_file, 
     assert summary["effective_batch_size"] == 6 and summary["steps"] == 2
 
 
+def test_samples_are_counted_as_they_are_drawn(model_dir, data_file, tmp_path, capfd):
+    """30 examples in steps of 8 are 8, 8, 8 and 6; also after a resume."""
+    flags = {"effective_batch_size": 8, "max_steps": 6, "save_steps": 3}
+    assert run(model_dir, data_file, tmp_path / "out", **flags) == 0
+    assert "step 4/6 | 30 samples" in capfd.readouterr().err
+    assert [samples for _, samples, _ in logged(tmp_path / "out")] == [8, 16, 24, 30, 38, 46]
+    flags |= {"resume_from_checkpoint": tmp_path / "out" / "checkpoint-3", "max_steps": 5}
+    assert run(model_dir, data_file, tmp_path / "out", **flags) == 0
+    shown = capfd.readouterr()
+    assert "step 5/5 | 38 samples" in shown.err and "trained   2 steps, 14 samples" in shown.out
+    assert [samples for _, samples, _ in logged(tmp_path / "out")] == [8, 16, 24, 30, 38]
+
+
+def test_a_run_that_diverges_says_so(model_dir, data_file, tmp_path, capfd):
+    flags = {"learning_rate": 1e30, "lr_scheduler_type": "constant", "max_grad_norm": 0}
+    assert run(model_dir, data_file, tmp_path / "out", **flags) == 1
+    shown = capfd.readouterr()
+    assert "the loss is not finite: what was saved is of no use" in shown.out
+    assert "UserWarning" not in shown.err and "warning: the loss of the last step" in shown.err
+
+
 WRONG = {
     "a missing file": ({"dataset_name": "nowhere.jsonl"}, "there is no nowhere.jsonl"),
     "an unknown kind of file": ({"dataset_name": "{kind}"}, "is none of .jsonl"),
@@ -174,7 +222,35 @@ WRONG = {
     "labels that are all masked": ({"max_length": 2}, "masked"),
     "an effective batch of 0": ({"effective_batch_size": 0}, "--effective_batch_size 0 is below 1"),
     "a negative effective batch": ({"effective_batch_size": -8}, "is below 1"),
-    "an effective batch that is no number": ({"effective_batch_size": "many"}, "invalid int value"),
+    "an effective batch that is no number": (
+        {"effective_batch_size": "many"},
+        "--effective_batch_size: invalid int value: 'many'",
+    ),
+    "an unknown value": ({"optim": "adamw_torc"}, "did you mean adamw_torch?"),
+    "a value that looks like a flag": ({"learning_rate": None, "-1e-3": None}, "no value follows"),
+    "what is no flag": ({"{pairs}": None}, "hint: --dataset_name"),
+    "a value without its quotes": ({"budget": "4", "examples": None}, "'examples' is no flag"),
+    "wrong JSON": (
+        {"lr_scheduler_kwargs": None, "{{bad": None},
+        "--lr_scheduler_kwargs {bad is no",
+    ),
+    "a learning rate without end": ({"learning_rate": "inf"}, "--learning_rate inf is not finite"),
+    "no length": ({"max_length": -5}, "--max_length -5 leaves no token"),
+    "a model that is not there": ({"model_name_or_path": "./nope"}, "there is no directory ./nope"),
+    "weights that are cut off": ({"model_name_or_path": "{corrupt}"}, "SFTTrainer refuses this"),
+    "a model without a tokenizer": ({"model_name_or_path": "{bare}"}, "hint: save the tokenizer"),
+    "a quantised model alone": ({"load_in_4bit": True}, "hint: add --use_peft"),
+    "labels of another model": (
+        {"dataset_name": "{labels}"},
+        "labels of the data hold the token 99",
+    ),
+    "labels of another length": ({"dataset_name": "{ragged}"}, "has 3 input_ids and 2 labels"),
+    "evaluation without data": ({"eval_strategy": "steps"}, "train.jsonl and test.jsonl"),
+    "the format of Alpaca": ({"dataset_name": "{alpaca}"}, "hint: Alpaca: join instruction"),
+    "an empty config": ({"config": "{empty}"}, "holds no flags"),
+    "a wrong config": ({"config": "{yaml}"}, "is no YAML: line 2: mapping values are not allowed"),
+    "a reporter that is not installed": ({"report_to": "wandb"}, "pip install wandb"),
+    "a kernel that is not installed": ({"use_liger_kernel": True}, "pip install liger-kernel"),
     "an unknown flag": ({"efective_batch_size": 8}, "there is no flag --efective_batch_size"),
     "a wrong budget": ({"budget": "lots"}, "neither a number of tokens nor of examples"),
     "a wrong value": ({"learning_rate": "fast"}, "--learning_rate"),
@@ -199,7 +275,7 @@ WRONG = {
     "strategies that do not match": ({"load_best_model_at_end": True}, "but found - Evaluation"),
     "tokens of another model": (
         {"dataset_name": "{foreign}"},
-        "hold the token id 64, and the model",
+        "input_ids of the data hold the token 64, and the model",
     ),
     "rows of one token": ({"dataset_name": "{short}"}, "every label of the data is masked"),
     "no such config": ({"config": "none.yaml"}, "No such file"),
@@ -219,6 +295,22 @@ def test_wrong_input_exits_with_2_before_any_work(name, model_dir, tmp_path, cap
     files["blank.txt"].write_text("\n \n")
     files["foreign.jsonl"].write_text('{"input_ids": [1, 64]}\n')
     files["short.jsonl"].write_text('{"input_ids": [5]}\n' * 2)
+    more = {
+        "labels.jsonl": '{"input_ids": [1, 2], "labels": [-100, 99]}\n',
+        "ragged.jsonl": '{"input_ids": [1, 2, 3], "labels": [1, 2]}\n',
+        "alpaca.jsonl": '{"instruction": "a", "input": "b", "output": "c"}\n',
+        "yaml.yaml": "max_steps: 1\na: b: c\n",
+    }
+    files |= {name: tmp_path / name for name in more}
+    for file, text in more.items():
+        files[file].write_text(text)
+    for kind in ("corrupt", "bare"):
+        files[kind] = tmp_path / kind
+        shutil.copytree(model_dir, files[kind])
+    weights = files["corrupt"] / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    for file in files["bare"].glob("token*"):
+        file.unlink()
     files["columns.jsonl"].write_text('{"question": "a", "answer": "b"}\n')
     prompts(9).filter(lambda row: len(row["prompt"]) > 9).to_json(files["pairs.jsonl"])
     places = {path.stem: str(path) for path in files.values()} | {"here": str(tmp_path)}
@@ -228,8 +320,13 @@ def test_wrong_input_exits_with_2_before_any_work(name, model_dir, tmp_path, cap
         "output_dir": str(tmp_path / "out"),
         "max_steps": 1,
     }
-    flags = {k: v.format(**places) if isinstance(v, str) else v for k, v in flags.items()}
-    words = [f"--{k}={v}" for k, v in (common | flags).items()]
+    words = []
+    for flag, value in (common | flags).items():
+        if value is None:  # a word as it is, or a flag whose value follows
+            words.append(f"--{flag}" if flag in ("learning_rate", "lr_scheduler_kwargs") else flag)
+        else:
+            words.append(f"--{flag}={value}")
+    words = [word.format(**places) for word in words]
     assert main(["train", *words]) == 2
     shown = capfd.readouterr()
     assert shown.out == "" and message in shown.err and "Traceback" not in shown.err

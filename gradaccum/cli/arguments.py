@@ -1,9 +1,14 @@
 """The flags of `gradaccum train`: TRL's own dataclasses and parser, and four flags of ours."""
 
 import difflib
+import itertools
+import json
+import math
+import re
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -59,7 +64,21 @@ class _Parser(TrlParser):
     """Report a wrong flag as BadInput instead of printing 300 flags."""
 
     def error(self, message: str) -> NoReturn:
-        raise BadInput(message, hint="gradaccum train --help")
+        hint = "gradaccum train --help-all"
+        found = re.fullmatch(r"argument (--\w+)\S*: (.*)", message, re.DOTALL)
+        if found is None:
+            raise BadInput(message, hint=hint)
+        flag, cause = found.groups()
+        choice = re.match(r"invalid choice: '(.*)' \(choose from (.*)\)", cause, re.DOTALL)
+        if choice is not None:
+            known = re.findall(r"[\w.-]+", choice[2])
+            near = difflib.get_close_matches(choice[1], known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"one of {', '.join(known[:12])}, ..."
+            cause = f"there is no {choice[1]!r}"
+        elif cause == "expected one argument":
+            cause = "no value follows"
+            hint = f"a value that begins with - is written {flag}=-1"
+        raise BadInput(f"{flag}: {cause}", hint=hint)
 
 
 def parse(words: list[str]) -> Arguments | None:
@@ -81,6 +100,7 @@ def parse(words: list[str]) -> Arguments | None:
         return None
     words = [part for word in words for part in _config_apart(word)]
     given = _given(words)
+    _refuse_bad_json(words)
     parser.set_defaults(model_name_or_path="embedded", dataset_name="embedded")
     if "model_name_or_path" not in given:
         parser.set_defaults(**EMBEDDED_DEFAULTS)
@@ -117,16 +137,31 @@ def _given(words: list[str]) -> frozenset[str]:
             raise BadInput("--config needs a file", hint="gradaccum train --config run.yaml")
         try:
             with open(words[index], encoding="utf-8") as file:
-                names |= set(yaml.safe_load(file))
+                flags = yaml.safe_load(file)
         except OSError as error:
             raise BadInput(f"--config {words[index]}: {error.strerror}") from error
-        except (yaml.YAMLError, TypeError, UnicodeDecodeError) as error:
-            raise BadInput(f"--config {words[index]} holds no flags: {error}") from error
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            mark = getattr(error, "problem_mark", None)
+            where = f"line {mark.line + 1}: " if mark is not None else ""
+            cause = getattr(error, "problem", None) or str(error).splitlines()[0]
+            raise BadInput(f"--config {words[index]} is no YAML: {where}{cause}") from error
+        if not isinstance(flags, dict) or not flags:
+            raise BadInput(
+                f"--config {words[index]} holds no flags", hint="one a line, as max_steps: 100"
+            )
+        names |= set(map(str, flags))
     return frozenset(names)
 
 
 def _refuse_unknown(unknown: Iterable[str], flags: set[str]) -> None:
     for word in unknown:
+        if not word.startswith("-"):
+            raise BadInput(
+                f"{word!r} is no flag and belongs to none",
+                hint=f"--dataset_name {word}"
+                if Path(word).exists()
+                else 'quote values with spaces: --budget "4 examples"',
+            )
         name = word.split("=")[0]
         near = difflib.get_close_matches(name, sorted(flags), n=1)
         raise BadInput(
@@ -137,8 +172,29 @@ def _refuse_unknown(unknown: Iterable[str], flags: set[str]) -> None:
         )
 
 
+def _refuse_bad_json(words: list[str]) -> None:
+    """Name the flag whose JSON is wrong; the parser would only say where."""
+    for flag, value in itertools.pairwise(words):
+        if value.startswith("{"):
+            try:
+                json.loads(value)
+            except json.JSONDecodeError as error:
+                raise BadInput(
+                    f"{flag} {value} is no JSON: {error.msg} at character {error.pos + 1}",
+                    hint=f"""{flag} '{{"name": 1}}'""",
+                ) from error
+
+
 def _refuse_values(training: SFTConfig) -> None:
     """Refuse values that transformers takes and that then train nothing, or another batch."""
+    for name, value in vars(training).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise BadInput(f"--{name} {value} is not finite")
+    if training.max_length is not None and training.max_length < 2:
+        raise BadInput(
+            f"--max_length {training.max_length} leaves no token to predict",
+            hint="leave it out for 1,024 tokens",
+        )
     if training.max_steps == 0 or training.max_steps < -1:
         raise BadInput(
             f"--max_steps {training.max_steps} is below 1",
@@ -180,9 +236,10 @@ def _budget(text: str | None) -> Budget | None:
     if text is None:
         return None
     number, _, unit = str(text).replace("_", "").replace(",", "").partition(" ")
-    if not number.isdigit() or unit not in ("", "tokens", "examples") or int(number) < 1:
+    unit = unit.removesuffix("s")
+    if not number.isdigit() or unit not in ("", "token", "example") or int(number) < 1:
         raise BadInput(
             f"--budget {text!r} is neither a number of tokens nor of examples",
             hint='--budget 8192 or --budget "4 examples"',
         )
-    return Budget(examples=int(number)) if unit == "examples" else Budget(tokens=int(number))
+    return Budget(examples=int(number)) if unit == "example" else Budget(tokens=int(number))

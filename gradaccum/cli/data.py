@@ -21,6 +21,12 @@ from gradaccum.errors import BadInput
 Data = datasets.Dataset | datasets.IterableDataset
 
 READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
+# Columns of other common formats, and how to come from there.
+FOREIGN = {
+    "conversations": "ShareGPT: rename it to messages, and in it from to role (user, assistant) "
+    "and value to content",
+    "instruction": "Alpaca: join instruction and input to prompt, and rename output to completion",
+}
 FORMATS = '"text", or "prompt" and "completion", or "messages"'
 
 
@@ -51,7 +57,7 @@ def load(
     except ConnectionError as error:
         raise BadInput(
             f"{name} is no file or directory here, and the hub cannot be reached",
-            hint=_near(path)
+            hint=near(path)
             or "check the spelling, or give a local .jsonl, .json, .csv, .parquet or .txt file",
         ) from error
     except (OSError, ValueError, LookupError, TypeError, RuntimeError, DatasetsError) as error:
@@ -96,7 +102,10 @@ def check_columns(dataset: Data, *, text_field: str = "text") -> str:
             + FORMATS.replace('"text"', f'"{text_field}"'),
             hint=f'remove the column "prompt", or {found} is not read'
             if half
-            else "rename a column, or name the text with --dataset_text_field",
+            else FOREIGN.get(
+                next((name for name in FOREIGN if name in columns), ""),
+                "rename a column, or name the text with --dataset_text_field",
+            ),
         )
     if first:
         _check_values(dataset, formats[found], first)
@@ -120,6 +129,7 @@ def _check_values(dataset: Data, columns: list[str], first: Mapping[str, Any]) -
                 raise BadInput(
                     f"the column {column!r} holds {kind} in example {number}, and needs {wanted}",
                     hint="messages are a list of objects with role and content"
+                    + (", and so is the completion of such a prompt" * (column == "completion"))
                     if wanted == "messages"
                     else "",
                 )
@@ -190,7 +200,8 @@ def _pick(loaded: Mapping[Any, Any], split: str, name: str) -> Any:
     if split not in loaded:
         raise BadInput(
             f"{name} has no split {split!r}, only {_listed(map(str, loaded))}",
-            hint="--dataset_train_split and --dataset_test_split name the splits",
+            hint="--dataset_train_split and --dataset_test_split name the splits; of local files, "
+            "give a directory with train.jsonl and test.jsonl",
         )
     return loaded[split]
 
@@ -199,10 +210,10 @@ def _refuse_missing(path: Path, name: str) -> None:
     """Refuse what can only have been meant as a local path."""
     looks_local = path.suffix.lower() in READERS or name.startswith((".", "/", "~"))
     if not path.is_dir() and (looks_local or name.count("/") > 1):
-        raise BadInput(f"there is no {name}", hint=_near(path))
+        raise BadInput(f"there is no {name}", hint=near(path))
 
 
-def _near(path: Path) -> str:
+def near(path: Path) -> str:
     """Return the question whether a file or directory of a like name is meant, or ""."""
     siblings: list[str] = []
     with contextlib.suppress(OSError):

@@ -3,6 +3,7 @@
 Exit codes: 0 done, 1 refused or failed, 2 wrong usage, 128 + signal when stopped by one.
 """
 
+import logging
 import sys
 
 import gradaccum
@@ -29,9 +30,14 @@ def main(argv: list[str] | None = None) -> int:
     except GradaccumError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, (BadInput, MissingExtra)) else 1
+    except KeyboardInterrupt:
+        print("stopped at once: nothing more was saved", file=sys.stderr)
+        return 130
 
 
 def _train(words: list[str]) -> int:
+    # At its import it warns of a kernel that only inference would use.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         from gradaccum.cli import train
     except ModuleNotFoundError as error:

@@ -1,6 +1,7 @@
 """What a run says while it runs, what it writes down, and how it stops when it is told to."""
 
 import json
+import math
 import signal
 import sys
 import time
@@ -9,9 +10,32 @@ from typing import Any
 
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import has_length
 
 from gradaccum.integrations.accumulation import Accumulation
-from gradaccum.types import GIB, Step
+from gradaccum.types import GIB, Step, counted
+
+
+class Samples:
+    """Tell how many samples a number of steps takes; the last of an epoch may take fewer.
+
+    Args:
+        trainer: Attached, with its data set.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self._size = trainer.accumulation.effective_batch_size
+        is_sized = has_length(trainer.train_dataset)
+        self._epoch = len(trainer.train_dataset) if is_sized else None
+        if self._epoch is not None and trainer.args.dataloader_drop_last:
+            self._epoch -= self._epoch % self._size
+
+    def after(self, steps: int) -> int:
+        """Return the samples of the first `steps` steps."""
+        if not self._epoch:
+            return steps * self._size
+        epochs, rest = divmod(steps, -(-self._epoch // self._size))
+        return epochs * self._epoch + rest * self._size
 
 
 class Progress(TrainerCallback):
@@ -20,10 +44,9 @@ class Progress(TrainerCallback):
     A bar where there is a terminal, else one line a step.
     """
 
-    def __init__(self, accumulation: Accumulation, num_samples: int | None) -> None:
+    def __init__(self, accumulation: Accumulation, samples: Samples) -> None:
         self._accumulation = accumulation
-        self._num_samples = num_samples
-        self._samples = 0
+        self._samples = samples
         self._bar: Any = None
         self._begin = self._step_begin = 0.0
 
@@ -32,11 +55,12 @@ class Progress(TrainerCallback):
     ) -> None:
         self._begin = time.perf_counter()
         self._first_step = state.global_step
-        self._samples = state.global_step * self._accumulation.effective_batch_size
         if sys.stderr.isatty():
-            total = self._num_samples
             self._bar = tqdm(
-                total=total, initial=self._samples, unit=" samples", dynamic_ncols=True
+                total=self._samples.after(state.max_steps),
+                initial=self._samples.after(state.global_step),
+                unit=" samples",
+                dynamic_ncols=True,
             )
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
@@ -47,7 +71,6 @@ class Progress(TrainerCallback):
     ) -> None:
         step = self._accumulation.last
         assert step is not None, "a step has just run"
-        self._samples += step.num_examples
         rate = step.useful / (time.perf_counter() - self._step_begin)
         if self._bar is not None:
             self._bar.set_postfix_str(
@@ -60,7 +83,8 @@ class Progress(TrainerCallback):
         done = state.global_step - self._first_step
         left = (time.perf_counter() - self._begin) / done * (state.max_steps - state.global_step)
         print(
-            f"step {state.global_step}/{state.max_steps} | {self._samples:,} samples | {step} | "
+            f"step {state.global_step}/{state.max_steps} | "
+            f"{counted(self._samples.after(state.global_step), 'sample')} | {step} | "
             f"padding {1 - step.useful / max(1, step.padded):.0%} | {rate:,.0f} tokens/s | "
             f"{_clock(left)} left",
             file=sys.stderr,
@@ -79,13 +103,15 @@ class Metrics(TrainerCallback):
     learning_rate, eval_loss) are in it. On resume, steps after the checkpoint are dropped.
     """
 
-    def __init__(self, accumulation: Accumulation, path: Path) -> None:
+    def __init__(self, accumulation: Accumulation, samples: Samples, path: Path) -> None:
         self._accumulation = accumulation
+        self._samples = samples
         self._path = path
         self._line: dict[str, Any] | None = None
-        self._samples = 0
         self.losses: list[float] = []
-        self.totals = {"samples": 0, "tokens": 0, "padded": 0, "seconds": 0.0}
+        self.totals = {
+            "steps": 0, "samples": 0, "trained_tokens": 0, "tokens": 0, "padded": 0, "seconds": 0.0
+        }  # fmt: skip
         self._step_begin = 0.0
 
     def on_train_begin(
@@ -95,8 +121,12 @@ class Metrics(TrainerCallback):
             return
         lines = self._path.read_text().splitlines()
         kept = [line for line in lines if json.loads(line)["step"] <= state.global_step]
-        self._samples = json.loads(kept[-1])["samples"] if kept else 0
         self._path.write_text("".join(line + "\n" for line in kept))
+
+    @property
+    def is_finite(self) -> bool:
+        """Tell whether the loss of every step was a finite number."""
+        return all(map(math.isfinite, self.losses))
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         self._flush()
@@ -108,11 +138,13 @@ class Metrics(TrainerCallback):
         step = self._accumulation.last
         assert step is not None, "a step has just run"
         seconds = time.perf_counter() - self._step_begin
-        self._samples += step.num_examples
-        self._line = {"step": state.global_step, "samples": self._samples} | _figures(step, seconds)
+        done = {"step": state.global_step, "samples": self._samples.after(state.global_step)}
+        self._line = done | _figures(step, seconds)
         self.losses.append(step.loss)
         for name, value in (
+            ("steps", 1),
             ("samples", step.num_examples),
+            ("trained_tokens", round(sum((step.weights or {}).values()))),
             ("tokens", step.useful),
             ("padded", step.padded),
             ("seconds", seconds),
@@ -146,7 +178,7 @@ class Metrics(TrainerCallback):
 class StopOnSignal(TrainerCallback):
     """Finish the step, save a checkpoint and stop at the first SIGINT or SIGTERM.
 
-    A second signal interrupts at once, as without this.
+    A second signal, of either kind, interrupts at once.
     """
 
     def __init__(self) -> None:
@@ -174,9 +206,15 @@ class StopOnSignal(TrainerCallback):
         self._before = {}
 
     def _receive(self, number: int, frame: Any) -> None:
+        if self.received is not None:
+            raise KeyboardInterrupt
         self.received = number
-        self.restore()
-        print("\nstopping after this step, to save a checkpoint ...", file=sys.stderr, flush=True)
+        print(
+            "\nstopping after this step, to save a checkpoint "
+            "(once more: at once, without saving) ...",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def _figures(step: Step, seconds: float) -> dict[str, Any]:

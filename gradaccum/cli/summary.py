@@ -17,7 +17,7 @@ from gradaccum.cli.progress import Metrics
 from gradaccum.integrations.accumulation import CPU_TOKENS
 from gradaccum.objective import causal_lm, length
 from gradaccum.split import split
-from gradaccum.types import Proof
+from gradaccum.types import Proof, counted
 
 # Above this size the reference of the proof, one pass over the batch, takes its shortest examples.
 PROOF_TOKENS = 32_768
@@ -49,7 +49,7 @@ def describe(trainer: Any, arguments: Arguments, output: Path, resume: str | Non
     )
     say(
         f"data      {arguments.script.dataset_name}{f' ({source})' if source else ''}: "
-        f"{f'{count:,} examples' if count is not None else 'a stream'}, "
+        f"{counted(count, 'example') if count is not None else 'a stream'}, "
         f"mean {statistics.fmean(lengths):,.0f} and longest {max(lengths):,} tokens "
         f"in the first {len(lengths):,}"
     )
@@ -68,15 +68,16 @@ def _batch_line(trainer: Any, rows: list[Any]) -> str:
     budgets = [accumulation.cut.budget_for(window) for window in windows]
     cuts = [split(w, causal_lm(), b) for w, b in zip(windows, budgets, strict=True)]
     largest = max(budgets, key=lambda budget: budget.tokens or 0)
-    why = f"what {accumulation.cut.rows} of the longest take"
+    why = f"as much as {counted(accumulation.cut.rows, 'row')} of the longest example"
     if accumulation.cut.budget is not None:
         why = "--budget"
     elif largest.tokens == CPU_TOKENS:
         why = "more at once is not faster on a CPU"
     mean = statistics.fmean(map(len, cuts))
-    text = f"effective batch {size} = about {mean:.0f} micro-batches of up to {largest} ({why})"
+    micros = counted(round(mean), "micro-batch")
+    text = f"effective batch {size:,} = about {micros} of up to {largest} ({why})"
     if len(rows) < size:
-        text += f"; the data have only {len(rows)} examples, and each step takes those"
+        text += f"; each step takes the {counted(len(rows), 'example')} that there are"
     return text
 
 
@@ -89,7 +90,7 @@ def summarise(trainer: Any, arguments: Arguments, output: Path, metrics: Metrics
     loader = "AutoPeftModelForCausalLM" if adapter else "AutoModelForCausalLM"
     package = "peft" if adapter else "transformers"
     summary = {
-        "steps": trainer.state.global_step,
+        "step": trainer.state.global_step,
         "effective_batch_size": trainer.accumulation.effective_batch_size,
         **totals,
         "tokens_per_second": totals["tokens"] / max(totals["seconds"], 1e-9),
@@ -103,19 +104,25 @@ def summarise(trainer: Any, arguments: Arguments, output: Path, metrics: Metrics
         print(json.dumps(summary))
         return
     print(
-        f"trained   {summary['steps']:,} steps, {totals['samples']:,} samples, "
-        f"{totals['tokens']:,} tokens in {totals['seconds']:.0f} s "
-        f"({summary['tokens_per_second']:,.0f} tokens/s), padding {summary['padding']:.0%}"
+        f"trained   {counted(totals['steps'], 'step')}, {counted(totals['samples'], 'sample')}, "
+        f"{totals['trained_tokens']:,} trained of {totals['tokens']:,} tokens "
+        f"in {totals['seconds']:.0f} s ({summary['tokens_per_second']:,.0f} tokens/s), "
+        f"padding {summary['padding']:.0%}"
     )
     if losses:
         print(
             f"loss      {summary['loss_before']:.4f} -> {summary['loss_after']:.4f} "
-            f"(means of the first and the last {edge} step{'s' if edge > 1 else ''})"
+            f"(means of the first and the last {counted(edge, 'step')})"
         )
+    if not metrics.is_finite:
+        print("          the loss is not finite: what was saved is of no use; metrics.jsonl tells")
+        print("          since when (lower --learning_rate, or resume from before)")
     print(f"proof     {proof or 'skipped: the full batch does not fit into memory at once'}")
     print(f"saved     {output}, metrics in {output / 'metrics.jsonl'}")
     print(f"load it   from {package} import {loader}")
-    print(f'          {loader}.from_pretrained("{output}")')
+    print(f'          model = {loader}.from_pretrained("{output}")')
+    print("          from transformers import AutoTokenizer")
+    print(f'          tokenizer = AutoTokenizer.from_pretrained("{output}")')
 
 
 def _prove(trainer: Any) -> Proof | None:

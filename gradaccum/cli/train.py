@@ -5,6 +5,7 @@ input, attaches the accumulation, says what happens and proves the gradient on o
 """
 
 import contextlib
+import shlex
 import signal
 import warnings
 from collections.abc import Iterable
@@ -14,22 +15,40 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import huggingface_hub
+import safetensors
+import torch
 import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils.import_utils import is_liger_kernel_available
 from trl import SFTTrainer, get_peft_config, get_quantization_config
 
 from gradaccum.cli import data, embedded
 from gradaccum.cli.arguments import Arguments, parse
-from gradaccum.cli.progress import Metrics, Progress, StopOnSignal
+from gradaccum.cli.progress import Metrics, Progress, Samples, StopOnSignal
 from gradaccum.cli.summary import describe, say, summarise
 from gradaccum.errors import BadInput
 from gradaccum.integrations.hf import attach
 from gradaccum.types import IGNORE_INDEX
 
+# What TRL and transformers say when something is missing, and what to do then.
+HINTS = {
+    "chat_template": "--chat_template_path names a template or a model that has one",
+    "purely quantized": "add --use_peft: adapters are trained on the quantised model",
+    "processing class": "save the tokenizer into the directory of the model",
+    "Can't load tokenizer": "save the tokenizer into the directory of the model",
+}
+
 
 def run(words: list[str]) -> int:
     """Train as the flags say and return the exit code."""
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_, **__: say(f"warning: {message}")
+        return _run(words)
+
+
+def _run(words: list[str]) -> int:
     _quiet()
     arguments = parse(words)
     if arguments is None:
@@ -40,12 +59,13 @@ def run(words: list[str]) -> int:
     say("gradaccum train")
     try:
         trainer = _trainer(arguments, output)
-    except BadInput:
+    except (BadInput, KeyboardInterrupt):
         with contextlib.suppress(OSError):  # something is in it: leave it
             output.rmdir()
         raise
-    stop, metrics = StopOnSignal(), Metrics(trainer.accumulation, output / "metrics.jsonl")
-    trainer.add_callback(Progress(trainer.accumulation, _num_samples(trainer)))
+    stop, samples = StopOnSignal(), Samples(trainer)
+    metrics = Metrics(trainer.accumulation, samples, output / "metrics.jsonl")
+    trainer.add_callback(Progress(trainer.accumulation, samples))
     trainer.add_callback(metrics)
     trainer.add_callback(stop)
     describe(trainer, arguments, output, resume)
@@ -54,13 +74,14 @@ def run(words: list[str]) -> int:
     finally:
         stop.restore()
     if stop.received is not None:
-        saved = get_last_checkpoint(str(output))
+        saved = str(get_last_checkpoint(str(output)))
         say(f"stopped by {signal.Signals(stop.received).name}, saved {saved}")
-        say(f"go on with: gradaccum train {_again(words)}--resume_from_checkpoint {saved}")
+        flags = shlex.join([*_without_checkpoint(words), "--resume_from_checkpoint", saved])
+        say(f"go on with: gradaccum train {flags}")
         return 128 + stop.received
     trainer.save_model(str(output))
     summarise(trainer, arguments, output, metrics)
-    return 0
+    return 0 if metrics.is_finite else 1
 
 
 def _quiet() -> None:
@@ -69,6 +90,7 @@ def _quiet() -> None:
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     warnings.filterwarnings("ignore", category=FutureWarning)
+    huggingface_hub.logging.set_verbosity_error()
 
 
 def _checkpoint(arguments: Arguments) -> str | None:
@@ -105,7 +127,9 @@ def _output_directory(arguments: Arguments, resume: str | None) -> Path:
             last = get_last_checkpoint(str(output))
             raise BadInput(
                 f"--output_dir {output} is not empty, and nothing is overwritten",
-                hint=f"--resume_from_checkpoint {last}" if last else "choose a new --output_dir",
+                hint=f"--resume_from_checkpoint {shlex.quote(last)}"
+                if last
+                else "choose a new --output_dir",
             )
         output.mkdir(parents=True, exist_ok=True)
         probe = output / ".writable"
@@ -119,6 +143,10 @@ def _output_directory(arguments: Arguments, resume: str | None) -> Path:
 def _trainer(arguments: Arguments, output: Path) -> Any:
     """Build the SFTTrainer of the flags, with the accumulation attached."""
     script, training, model_args = arguments.script, arguments.training, arguments.model
+    if training.use_liger_kernel and not is_liger_kernel_available():
+        raise BadInput(
+            "--use_liger_kernel needs the package liger-kernel", hint="pip install liger-kernel"
+        )
     dataset = _dataset(arguments, script.dataset_train_split)
     evaluation = None
     if training.eval_strategy != "no":
@@ -135,8 +163,12 @@ def _trainer(arguments: Arguments, output: Path) -> Any:
             peft_config=get_peft_config(model_args),
         )
         trainer.create_optimizer()  # now, so that its arguments are checked before the run begins
-    except (OSError, ValueError, ImportError) as error:
-        raise BadInput(f"TRL's SFTTrainer refuses this: {_first_line(error)}") from error
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, ValueError, ImportError, RuntimeError, safetensors.SafetensorError) as error:
+        cause = _first_line(error)
+        hint = next((hint for words, hint in HINTS.items() if words in str(error)), "")
+        raise BadInput(f"TRL's SFTTrainer refuses this: {cause}", hint=hint) from error
     _refuse_untrained(trainer.train_dataset, arguments)
     _refuse_foreign_ids(trainer.train_dataset, trainer.model)
     training.disable_tqdm = True
@@ -180,7 +212,9 @@ def _model(
         name = str(output / "embedded-base")
         model.save_pretrained(name)
         tokenizer.save_pretrained(name)
-    elif (local := Path(name)).exists() and not (local / "config.json").is_file():
+    elif not (local := Path(name).expanduser()).exists() and name.startswith((".", "/", "~")):
+        raise BadInput(f"there is no directory {name}", hint=data.near(local))
+    elif local.exists() and not (local / "config.json").is_file():
         raise BadInput(f"--model_name_or_path {name} has no config.json")
     extra: Any = training.model_init_kwargs or {}
     training.model_init_kwargs = {
@@ -212,49 +246,47 @@ def _refuse_untrained(dataset: Any, arguments: Arguments) -> None:
     if sized and len(dataset) == 0:
         raise BadInput("no example is left to train: every label is masked", hint=hint)
     rows: Iterable[Any] = islice(iter(dataset), len(dataset) if sized else 1000)
-    labels = (row.get("labels", row["input_ids"])[1:] for row in rows)  # the first is no target
-    if all(set(row) <= {IGNORE_INDEX} for row in labels):
+    is_trained = False
+    for number, row in enumerate(rows, start=1):
+        labels = row.get("labels", row["input_ids"])
+        if len(labels) != len(row["input_ids"]):
+            raise BadInput(
+                f"example {number} has {len(row['input_ids'])} input_ids and {len(labels)} labels"
+            )
+        is_trained = is_trained or not set(labels[1:]) <= {IGNORE_INDEX}  # the first is no target
+    if not is_trained:
         raise BadInput("every label of the data is masked, so nothing would be trained", hint=hint)
 
 
 def _refuse_foreign_ids(dataset: Any, model: Any) -> None:
-    """Refuse token ids that the model has no embedding for."""
-    if not isinstance(dataset, datasets.Dataset) or "input_ids" not in dataset.column_names:
+    """Refuse token ids, as inputs or as labels, that the model has no embedding for."""
+    if not isinstance(dataset, datasets.Dataset):
         return
     known = model.get_input_embeddings().num_embeddings
-    rows = dataset.with_format("arrow")[:]["input_ids"]
-    chunks = [ids for chunk in rows.chunks if len(ids := chunk.flatten().to_numpy())]
-    least = min((int(ids.min()) for ids in chunks), default=0)
-    most = max((int(ids.max()) for ids in chunks), default=0)
-    if least < 0 or most >= known:
-        raise BadInput(
-            f"the data hold the token id {least if least < 0 else most}, and the model has an "
-            f"embedding for 0 to {known - 1:,}",
-            hint="the data were made with the tokenizer of another model",
-        )
+    for column in {"input_ids", "labels"} & {*dataset.column_names}:
+        for chunk in dataset.with_format("arrow")[:][column].chunks:
+            ids = chunk.flatten().to_numpy()
+            if column == "labels":
+                ids = ids[ids != IGNORE_INDEX]
+            foreign = ids[(ids < 0) | (ids >= known)]
+            if len(foreign):
+                raise BadInput(
+                    f"{column} of the data hold the token {foreign[0]}, and the model has an "
+                    f"embedding for 0 to {known - 1:,}",
+                    hint="the data were made with the tokenizer of another model",
+                )
 
 
-def _num_samples(trainer: Any) -> int | None:
-    if trainer.args.max_steps > 0:
-        return trainer.args.max_steps * trainer.accumulation.effective_batch_size
-    if isinstance(trainer.train_dataset, datasets.Dataset):
-        return round(len(trainer.train_dataset) * trainer.args.num_train_epochs)
-    return None
-
-
-def _again(words: list[str]) -> str:
-    """Return the flags of this command for another one, without a checkpoint of their own."""
-    kept = []
+def _without_checkpoint(words: list[str]) -> list[str]:
+    """Return the flags of this command without a checkpoint of their own."""
+    kept: list[str] = []
     skip = False
     for word in words:
-        if skip or word.startswith("--resume_from_checkpoint="):
-            skip = False
-            continue
-        if word == "--resume_from_checkpoint":
-            skip = True
-            continue
-        kept.append(word)
-    return "".join(f"{word} " for word in kept)
+        is_flag = word == "--resume_from_checkpoint"
+        if not (skip or is_flag or word.startswith("--resume_from_checkpoint=")):
+            kept.append(word)
+        skip = is_flag
+    return kept
 
 
 def _first_line(error: BaseException) -> str:
