@@ -33,6 +33,8 @@ how large a batch:
   --budget N | "N examples"    largest micro-batch, in padded tokens or in examples. Default: what
                                per_device_train_batch_size rows of the longest example take, and
                                at most 512 tokens on a CPU, where more is not faster
+  --per_device_train_batch_size, --gradient_accumulation_steps
+                               as you know them, instead of --effective_batch_size
 
 what and where:
   --model_name_or_path         a local directory or a hub id; "embedded" (default) is a small
@@ -41,16 +43,23 @@ what and where:
                                id, with a column "text", or "prompt" and "completion", or
                                "messages"; "embedded" (default) is the functions with docstrings
                                of this Python's standard library
+  --eval_strategy steps        evaluate too; local data are then a directory with train.jsonl and
+                               test.jsonl
   --output_dir                 must be new or empty; default gradaccum-runs/DATE-TIME
   --resume_from_checkpoint     a checkpoint directory, or "last" for the last in --output_dir
-  --json                       print the summary as JSON
+  --json                       print the summary as JSON on stdout
 
 often used, from TRL and transformers:
-  --learning_rate  --num_train_epochs  --max_steps  --max_length  --packing
-  --completion_only_loss  --use_peft  --lora_r  --load_in_4bit  --gradient_checkpointing
+  --learning_rate  --lr_scheduler_type  --warmup_steps  --num_train_epochs  --max_steps
+  --max_length  --packing  --completion_only_loss  --assistant_only_loss  --dataset_text_field
+  --use_peft  --lora_r  --load_in_4bit  --dtype  --gradient_checkpointing
   --save_steps  --logging_steps  --report_to tensorboard|wandb|...  --seed
 
   gradaccum train --help-all   every flag; there are about 200
 
-Progress goes to stderr, the summary to stdout. Ctrl-C or SIGTERM saves a checkpoint and stops.
+Progress goes to stderr, the summary to stdout, one line of figures a step to metrics.jsonl in the
+output directory. Ctrl-C or SIGTERM saves a checkpoint and stops; a second one stops at once.
+
+exit codes: 0 done, 1 the loss is not finite or cannot be accumulated exactly, 2 wrong flags or data,
+            128 + N stopped by signal N
 """

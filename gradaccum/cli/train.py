@@ -263,7 +263,7 @@ def _refuse_foreign_ids(dataset: Any, model: Any) -> None:
     if not isinstance(dataset, datasets.Dataset):
         return
     known = model.get_input_embeddings().num_embeddings
-    for column in {"input_ids", "labels"} & {*dataset.column_names}:
+    for column in [name for name in ("input_ids", "labels") if name in dataset.column_names]:
         for chunk in dataset.with_format("arrow")[:][column].chunks:
             ids = chunk.flatten().to_numpy()
             if column == "labels":
