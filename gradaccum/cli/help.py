@@ -60,6 +60,6 @@ often used, from TRL and transformers:
 Progress goes to stderr, the summary to stdout, one line of figures a step to metrics.jsonl in the
 output directory. Ctrl-C or SIGTERM saves a checkpoint and stops; a second one stops at once.
 
-exit codes: 0 done, 1 the loss is not finite or cannot be accumulated exactly, 2 wrong flags or data,
+exit codes: 0 done, 1 the loss is not finite or has no exact accumulation, 2 wrong flags or data,
             128 + N stopped by signal N
 """
