@@ -4,7 +4,7 @@ One process, one contender after the other in every round, in an order that turn
 minute of the machine hits all of them. Same model, data, optimizer and effective batch of 32; every
 `train()` starts from the same weights and takes the same examples.
 
-    python benchmarks/attach.py --rounds 5 --steps 3 --out benchmarks/results/attach.json
+    python benchmarks/attach.py --rounds 5 --steps 6 --out benchmarks/results/attach.json
 """
 
 import argparse
@@ -125,7 +125,7 @@ def drawn_batches(trainer, steps):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--examples", type=int, default=2000)
     parser.add_argument("--only", nargs="*", help="names of contenders")
     parser.add_argument("--out")
@@ -144,12 +144,6 @@ def main():
             *common, train_sampling_strategy="batch_rebalance", **{stock: 2, accumulate: 16}
         ),
         "attached 2x16": lambda: OfTrainer(*common, attach={}, **{stock: 2, accumulate: 16}),
-        **{
-            f"attached {n} tokens": lambda n=n: OfTrainer(
-                *common, attach={"budget": gradaccum.Budget(tokens=n)}, **{stock: 2, accumulate: 16}
-            )
-            for n in (1024,)
-        },
     }
     makers = {k: v for k, v in makers.items() if not options.only or k in options.only}
     contenders = {name: make() for name, make in makers.items()}

@@ -1,12 +1,13 @@
 """Measure, on a foreign loss, that it is a sum over examples divided by a count it is given.
 
 Signatures do not tell: most heads of transformers accept `num_items_in_batch` and ignore it. So a
-few forwards without gradient on two or three examples decide. What is not such a sum is refused.
+few forwards without gradient on some examples decide. What is not such a sum is refused.
 Only this one reduction is recognised here; means over rows or over other counts are not yet.
 """
 
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ def refuse_undivided(loss: CountedLoss, batch: Listed, *, name: str) -> None:
     Raises:
         NotDecomposable: Something is left when the count is huge.
     """
-    chosen = _pick(batch, COUNTERS[-1:], num=2)
+    chosen = _short(batch, COUNTERS[-1:], num=2)
     if not chosen:
         return
     inputs = batch.take(chosen)
@@ -64,16 +65,16 @@ def consistent_counters(
     loss: CountedLoss,
     batch: Listed,
     *,
-    num_rows: int,
     is_low: bool,
     name: str,
     counters: tuple[Counter, ...] = COUNTERS,
 ) -> tuple[Counter, ...]:
     """Return the counters that the loss divides by when it is given no count.
 
-    With S(x) = loss(x, 1) the loss has to satisfy, on examples with weight, short and long:
+    With S(x) = loss(x, 1) the loss has to satisfy, on short examples a, b, c and the longest one z:
 
         S(abc) = S(a) + S(b) + S(c)    rows do not depend on each other
+        S(az) = S(a) + S(z)            nor on how long the others are
         loss(abc, None) = S(abc) / D   D is one of the counters
 
     Several counters are returned where they agree on these examples: the caller has to measure
@@ -82,16 +83,17 @@ def consistent_counters(
     Args:
         loss: Runs without dropout, and twice the same on the same inputs.
         batch: Where the examples are taken from.
-        num_rows: How many to put into one forward without gradient, 2 or 3.
         is_low: The loss is computed in 16 bits, so rows alone and in a batch differ by rounding.
         name: What the loss is called in messages.
         counters: Which to try. One alone is taken as it is: then `loss(abc, None)` is not asked.
 
     Raises:
-        NotDecomposable: One of the two does not hold; it says which, with the figures.
+        NotDecomposable: One of them does not hold; it says which, with the figures.
     """
-    examples = batch.settled(_pick(batch, counters, num=8))  # a random collator may mask a few
-    chosen = _pick(examples, counters, num=num_rows)
+    longest = max(range(len(batch)), key=[length(example) for example in batch].__getitem__)
+    # More short ones than needed: a random collator may mask a few.
+    examples = batch.settled(list(dict.fromkeys([*_short(batch, counters, num=8), longest])))
+    chosen = _short(examples, counters, num=3)
     if not chosen:
         return counters  # nothing to train, so nothing to measure: every counter gives zero
     union = examples.take(chosen)
@@ -99,7 +101,6 @@ def consistent_counters(
     with torch.no_grad():
         total = loss(union, 1).item()
         own = loss(union, None if len(counts) > 1 else min(counts.values())).item()
-        apart = sum(loss(examples.take([i]), 1).item() for i in chosen)
     if not math.isfinite(total):
         raise BadInput(
             f"{name} is {total} on {len(chosen)} examples before the first step",
@@ -107,15 +108,8 @@ def consistent_counters(
         )
     if total == 0:  # rows of one token, which a causal model does not train, are counted by neither
         return tuple(c for c in counters if not counts[c]) or counters
-    # A token too many or too few changes the sum by about total / count. Rounding in 16 bits
-    # changes it by 1e-3 at most where there are many tokens; where there are few, by more.
-    tolerance = max(1e-3, min(3e-2, 0.3 / max(counts.values()))) if is_low else 1e-4
-    if abs(total - apart) > tolerance * abs(total):
-        raise NotDecomposable(
-            f"{name} gives {total:.6g} for {len(chosen)} examples together and {apart:.6g} one by "
-            "one: its rows depend on each other (in-batch negatives, batch statistics, or padding "
-            "that the attention mask does not hide)"
-        )
+    groups = (chosen, list(dict.fromkeys([chosen[0], len(examples) - 1])))
+    _refuse_coupled(loss, examples, groups, counters, is_low=is_low, name=name)
     agree = tuple(
         c for c, count in counts.items() if count and abs(total / count - own) <= 1e-4 * abs(own)
     )
@@ -127,31 +121,53 @@ def consistent_counters(
     return agree
 
 
+def _refuse_coupled(
+    loss: CountedLoss,
+    examples: HostBatch,
+    groups: Iterable[list[int]],
+    counters: tuple[Counter, ...],
+    *,
+    is_low: bool,
+    name: str,
+) -> None:
+    """Refuse a loss that is not the sum of its rows' losses, within each group."""
+
+    @functools.cache
+    def alone(i: int) -> float:
+        return loss(examples.take([i]), 1).item()
+
+    for group in groups:
+        inputs = examples.take(group)
+        count = max(float(counter(inputs)) for counter in counters)
+        with torch.no_grad():
+            together, apart = loss(inputs, 1).item(), sum(map(alone, group))
+        # A token too many or too few changes the sum by about sum / count. Rounding in 16 bits
+        # changes it by 1e-3 at most where there are many tokens; where there are few, by more.
+        tolerance = max(1e-3, min(3e-2, 0.3 / max(count, 1))) if is_low else 1e-4
+        if abs(together - apart) > tolerance * abs(together):
+            raise NotDecomposable(
+                f"{name} gives {together:.6g} for {len(group)} examples together and {apart:.6g} "
+                "one by one: its rows depend on each other (in-batch negatives, batch statistics, "
+                "or padding that the attention mask does not hide)"
+            )
+
+
 def differ(counters: tuple[Counter, ...], inputs: Any) -> bool:
     """Tell whether the counters give different counts on collated inputs."""
     return len({float(counter(inputs)) for counter in counters}) > 1
 
 
-def _pick(batch: HostBatch, counters: tuple[Counter, ...], num: int) -> list[int]:
-    """Choose examples with a weight: one on which the counters differ, the longest, short ones.
-
-    Short ones are cheap; the longest shows what depends on length (padding, tables of positions).
-    """
+def _short(batch: HostBatch, counters: tuple[Counter, ...], *, num: int) -> list[int]:
+    """Choose short examples with a weight, first one on which the counters differ, if any."""
     lengths = [length(example) for example in batch]
-    order = sorted(range(len(lengths)), key=lengths.__getitem__)
     weighted: list[int] = []
     telling: list[int] = []
-
-    def look(i: int) -> None:
+    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
         counts = [float(counter(batch.take([i]))) for counter in counters]
-        weighted.extend([i] if any(counts) else [])
-        telling.extend([i] if all(counts) and len(set(counts)) == len(counts) else [])
-
-    while order and not weighted:
-        look(order.pop())
-    longest = weighted[:1]
-    for i in order:
+        if any(counts):
+            weighted.append(i)
+        if all(counts) and len(set(counts)) == len(counts):
+            telling.append(i)
         if telling and len(weighted) >= num:
             break
-        look(i)
-    return list(dict.fromkeys([*telling[:1], *longest, *weighted]))[:num]
+    return list(dict.fromkeys([*telling[:1], *weighted]))[:num]

@@ -221,7 +221,6 @@ class Attached(Trainer):
             return contract.consistent_counters(
                 functools.partial(self._counted_loss, model),
                 batch,
-                num_rows=2 if self.accumulation.cut.rows == 1 else 3,  # one row more, no gradient
                 is_low=is_low,
                 name=self._loss_name(model),
                 counters=(self._own_count,) if self._is_own_loss() else contract.COUNTERS,
