@@ -59,7 +59,7 @@ class Accumulator:
     mode has no exact accumulation and is refused, unless one micro-batch holds the whole batch.
 
     In a batch that is collated already, every tensor whose first dimension is the number of rows
-    is sliced. Constants (class weights, prototypes) belong into the objective, not the batch.
+    is sliced. Constants (class weights, prototypes) belong in the objective, not the batch.
 
     Args:
         model: Any module that holds all parameters to train, those of a loss as well. Frozen,

@@ -91,15 +91,21 @@ def accumulating(
             kept = own or p.dtype
             if wide is not None:
                 kept = torch.promote_types(torch.promote_types(p.dtype, kept), wide)
-            p.grad_dtype = kept
+            _set_grad_dtype(p, kept)
         yield
         for p, own in before.items():
             grad, p.grad = p.grad, None
-            p.grad_dtype = hand_over or own
+            _set_grad_dtype(p, hand_over or own)
             if grad is not None:
                 p.grad = grad.to(hand_over or own or p.dtype)
     except BaseException:
         for p, own in before.items():
             p.grad = None
-            p.grad_dtype = own
+            _set_grad_dtype(p, own)
         raise
+
+
+def _set_grad_dtype(p: nn.Parameter, dtype: torch.dtype | None) -> None:
+    """Set it where it is another: once set, it no longer follows the dtype of the parameter."""
+    if p.grad_dtype != dtype:
+        p.grad_dtype = dtype

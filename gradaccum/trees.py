@@ -39,7 +39,7 @@ def count_rows(tree: Any, otherwise: int | None = None) -> int:
         listed = ", ".join(f"{key} {n}" if key else str(n) for key, n in decisive)
         raise BadInput(
             f"the first dimensions of the batch disagree ({listed}), so its rows are not known",
-            hint="pass a list of examples; constants belong into the objective, not the batch",
+            hint="pass a list of examples; constants belong in the objective, not the batch",
         )
     if decisive:
         return decisive[0][1]

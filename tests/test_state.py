@@ -105,3 +105,13 @@ def test_a_failure_while_gradients_are_handed_over_leaves_none(monkeypatch):
         monkeypatch.setattr(torch.Tensor, "to", failing)
     monkeypatch.undo()
     assert [(p.grad, p.grad_dtype) for p in parameters] == [(None, torch.bfloat16)] * 3
+
+
+def test_what_need_not_change_is_not_touched():
+    """Once set, `grad_dtype` no longer follows a parameter that is converted."""
+    p = nn.Parameter(torch.ones(2))
+    with accumulating([p], torch.float32, None):
+        p.sum().backward()
+    p.grad = None
+    p.data = p.data.bfloat16()
+    assert p.grad_dtype == torch.bfloat16
