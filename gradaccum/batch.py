@@ -7,9 +7,9 @@ what is example i, what are the model's inputs for these examples.
 - `Collated`: tensors already collated, in any nesting of dicts, lists and tuples.
 
 Which leaves of a collated batch belong to its rows is read from types and shapes: a tensor whose
-first dimension is the number of rows, or a list (of strings also a tuple) of that many values, one
-for each row. Dicts and tuples only nest. All else is handed to every micro-batch untouched. A batch
-whose images or patches are not laid out in rows therefore has to come as a list of examples.
+first dimension is the number of rows, or a list (of plain values also a tuple) of that many values,
+one for each row. Dicts and tuples only nest. All else is handed to every micro-batch untouched. A
+batch whose images or patches are not laid out in rows has to come as a list of examples.
 """
 
 import copy
@@ -188,7 +188,8 @@ def _is_collated(batch: Sequence[Any]) -> bool:
     """
     is_list, batch = isinstance(batch, list), [_as_tensor(part) for part in batch]
     if len({isinstance(part, Tensor) for part in batch}) == 2:
-        return True
+        # `DataLoader` leaves no list of numbers; arrays beside such lists are ragged examples.
+        return not any(isinstance(p, list) and p and isinstance(p[0], (int, float)) for p in batch)
     if not all(isinstance(part, (Tensor, Mapping)) for part in batch):
         return False
     if is_list and not any(isinstance(part, Tensor) for part in batch):
@@ -218,10 +219,11 @@ def _map_rows(
         return rebuild(
             tree, {key: _map_rows(value, num_rows, rows, other) for key, value in tree.items()}
         )
-    is_parts = isinstance(tree, tuple) and not _are_words(tree)
-    if isinstance(tree, list) and num_rows > 1 and any(map(is_rows, tree)):
-        is_parts = len(tree) != num_rows and all(map(is_rows, tree))
-        if not is_parts:
+    is_parts = isinstance(tree, tuple) and not _are_values(tree)
+    if isinstance(tree, list) and num_rows > 1:
+        has_rows = [any(is_rows(leaf) for _, leaf in named_leaves(part)) for part in tree]
+        is_parts = len(tree) != num_rows and bool(tree) and all(has_rows)
+        if not is_parts and any(map(is_rows, tree)):
             raise BadInput(
                 f"a list of {len(tree)} holds tensors whose first dimension is {num_rows}, the "
                 "number of rows: it may be one value for each row, or parts that have these rows",
@@ -234,6 +236,7 @@ def _map_rows(
     return other(tree)
 
 
-def _are_words(values: tuple[Any, ...]) -> bool:
-    """Tell whether a tuple holds strings, as `DataLoader` leaves those of a batch."""
-    return bool(values) and all(isinstance(value, (str, bytes)) for value in values)
+def _are_values(values: tuple[Any, ...]) -> bool:
+    """Tell whether a tuple holds plain values, as `DataLoader` leaves the strings of a batch."""
+    is_named = hasattr(values, "_fields")
+    return not is_named and not any(isinstance(v, (Tensor, Mapping, list, tuple)) for v in values)

@@ -19,11 +19,11 @@ from gradaccum.objective import Number, length, shifted_tokens, tokens
 
 Counter = Callable[[Any], Number]
 # Maps collated inputs and the count to divide by (None: the loss's own) to the loss, shape ().
-CountedLoss = Callable[[Any, float | None], Tensor]
+CountedLoss = Callable[[Any, int | None], Tensor]
 
 COUNTERS: tuple[Counter, ...] = (shifted_tokens, tokens)
 # Isolates what is not divided: with a count of 1, token losses of hundreds drown a router loss.
-HUGE = 1e30
+HUGE = 10**18
 
 
 def refuse_undivided(loss: CountedLoss, batch: Listed, *, name: str) -> None:
@@ -100,7 +100,7 @@ def consistent_counters(
     counts = {counter: float(counter(union)) for counter in counters}
     with torch.no_grad():
         total = loss(union, 1).item()
-        own = loss(union, None if len(counts) > 1 else min(counts.values())).item()
+        own = loss(union, None if len(counts) > 1 else round(min(counts.values()))).item()
     if not math.isfinite(total):
         raise BadInput(
             f"{name} is {total} on {len(chosen)} examples before the first step",

@@ -7,6 +7,7 @@ import random
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TypeGuard
 
 import torch
 from torch import nn
@@ -17,7 +18,8 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     """Put back, on leaving, random state, the model's buffers and its modules' plain attributes.
 
     Whatever runs inside (a probe, a proof) leaves the training run as if it had not happened.
-    Attributes belong to buffers: they tell, say, for which length a table was computed. The random
+    Attributes belong to buffers: they tell, say, for which length a table was computed. They are
+    bound to what they were; lists changed in place stay, and so does what is new. The random
     state is that of every device, and of Python and NumPy, from which collators and some models
     (masking of spectrograms in transformers) draw.
     """
@@ -28,7 +30,9 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     modules = list(model.modules())
     attributes = [{k: v for k, v in vars(m).items() if not k.startswith("_")} for m in modules]
     buffers = [dict(m._buffers) for m in modules]
-    values = [(b, b.detach().clone()) for named in buffers for b in named.values() if b is not None]
+    values = [
+        (b, b.detach().clone()) for named in buffers for b in named.values() if _is_written(b)
+    ]
     python, numpy = random.getstate(), sys.modules.get("numpy")
     drawn = numpy.random.get_state() if numpy else None
     try:
@@ -43,8 +47,14 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
                 vars(module).update(plain)
                 module._buffers.update(named)
             for buffer, value in values:
-                if not torch.equal(buffer, value):  # an expanded one cannot be written to
-                    buffer.copy_(value)
+                buffer.resize_(value.shape).copy_(value)
+
+
+def _is_written(buffer: torch.Tensor | None) -> TypeGuard[torch.Tensor]:
+    """Tell whether a forward can write into a buffer: not if it is expanded or holds nothing."""
+    if buffer is None or buffer.is_meta or buffer.layout is not torch.strided:
+        return False
+    return 0 not in buffer.stride()
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """Compare the gradients that two ways of running the same batch leave behind."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ def gradients(model: nn.Module, run: Callable[[], object]) -> list[Tensor]:
 
 def relative_error(found: list[Tensor], expected: list[Tensor]) -> float:
     """Return ||found - expected|| / ||expected|| over all tensors."""
-    difference = _norm([a - b for a, b in zip(found, expected, strict=True)])
+    difference = _norm(a - b for a, b in zip(found, expected, strict=True))
     norm = _norm(expected)
     return difference / norm if norm else float(difference > 0)
 
@@ -41,13 +41,13 @@ def rounding(model: nn.Module, gradients: list[Tensor]) -> float:
     root mean square; two that are rounded apart differ by sqrt(2) of that. Dominates in 16 bits.
     """
     dtypes = [p.dtype for p in model.parameters() if p.requires_grad]
-    steps = [
+    steps = (
         torch.where(g == 0, 0.0, torch.exp2(g.abs().log2().floor())) * torch.finfo(dtype).eps
         for g, dtype in zip(gradients, dtypes, strict=True)
-    ]
+    )
     norm = _norm(gradients)
     return _norm(steps) / norm / 6**0.5 if norm else 0.0
 
 
-def _norm(tensors: list[Tensor]) -> float:
+def _norm(tensors: Iterable[Tensor]) -> float:
     return sum(t.square().sum().item() for t in tensors) ** 0.5

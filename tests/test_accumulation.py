@@ -1,5 +1,8 @@
 """How an attached trainer cuts, carries and measures: what it must not change or miss."""
 
+import functools
+import resource
+
 import pytest
 import torch
 import transformers
@@ -51,6 +54,23 @@ def test_workers_of_the_loader_collate(tmp_path):
     big.train()
     same(ours, big, found, expected)
     assert sum(in_main) < 100  # the measurements alone
+
+
+def test_workers_send_large_batches_through_few_files(tmp_path):
+    """A file for each tensor would be 300 here, and the trainer would wait for ever."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (200, hard))
+    try:
+        ours, found = build(
+            tmp_path,
+            attach={"effective_batch_size": 100, "budget": gradaccum.Budget(examples=1)},
+            data=token_rows(200),
+            dataloader_num_workers=2,
+        )
+        ours.train()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert len(found.gradients) == 2
 
 
 @pytest.mark.parametrize("spoil", ["appends", "pops"])
@@ -173,9 +193,10 @@ def test_steps_that_somebody_patched_are_refused(tmp_path, monkeypatch):
     def patched(self, *args):
         return original(self, *args)
 
-    monkeypatch.setattr(Trainer, "training_step", patched)
-    with pytest.raises(BadInput, match="patched would not be called"):
-        gradaccum.attach(build(tmp_path)[0])
+    for step in (patched, functools.wraps(original)(patched), functools.partial(patched)):
+        monkeypatch.setattr(Trainer, "training_step", step)
+        with pytest.raises(BadInput, match="would not be called"):
+            gradaccum.attach(build(tmp_path)[0])
 
 
 def test_a_window_does_not_outlive_its_step(tmp_path):

@@ -280,3 +280,17 @@ def test_padding_of_empty_rows_and_shifted_labels():
 
 def test_arrays_that_run_backwards_are_taken():
     assert hold({"x": np.arange(3)[::-1]}).take([0])["x"].tolist() == [2]
+
+
+def test_plain_values_are_rows_in_a_tuple_too():
+    batch = {"x": torch.ones(3, 2), "lengths": (1, 2, 3), "notes": ("a", None, "b")}
+    taken = hold(batch).take([2, 0])
+    assert taken["lengths"] == (3, 1) and taken["notes"] == ("b", "a")
+    views = hold({"y": torch.ones(3), "views": [{"x": torch.arange(3)}, {"x": torch.arange(3)}]})
+    assert [view["x"].tolist() for view in views.take([1])["views"]] == [[1], [1]]
+    targets = [{"boxes": torch.ones(n, 4)} for n in (1, 3, 2)]  # one of them as long as the batch
+    assert len(hold({"y": torch.ones(3), "labels": targets}).take([0, 2])["labels"]) == 2
+
+
+def test_sequences_of_several_kinds_are_examples():
+    assert type(as_batch([np.ones(3), [1, 2, 3], [1, 2]], None)) is Listed

@@ -19,12 +19,15 @@ class Table(nn.Module):
         self.register_buffer("table", torch.ones(2), persistent=False)
         self.register_buffer("running", torch.zeros(1))
         self.register_buffer("cache", None)
+        self.register_buffer("wide", torch.full((1,), torch.nan).expand(3))
+        self.register_buffer("grown", torch.ones(1))
 
     def forward(self, length):
         if length > self.length:
             self.length = length
             self.register_buffer("table", torch.full((length,), 1 / length), persistent=False)
         self.running += 1
+        self.grown.resize_(5).zero_()
         self.cache = torch.ones(length)
         return self.table[:length].sum()
 

@@ -77,7 +77,7 @@ class _Parser(TrlParser):
             cause = f"there is no {choice[1]!r}"
         elif cause == "expected one argument":
             cause = "no value follows"
-            hint = f"a value that begins with - is written {flag}=-1"
+            hint = f"{flag}=VALUE, with = where the value begins with -"
         raise BadInput(f"{flag}: {cause}", hint=hint)
 
 
@@ -174,8 +174,9 @@ def _refuse_unknown(unknown: Iterable[str], flags: set[str]) -> None:
 
 def _refuse_bad_json(words: list[str]) -> None:
     """Name the flag whose JSON is wrong; the parser would only say where."""
-    for flag, value in itertools.pairwise(words):
-        if value.startswith("{"):
+    apart = [part for word in words for part in word.split("=", 1)]
+    for flag, value in itertools.pairwise(apart):
+        if flag.endswith(("_kwargs", "_config")) and value.startswith("{"):
             try:
                 json.loads(value)
             except json.JSONDecodeError as error:
@@ -188,7 +189,8 @@ def _refuse_bad_json(words: list[str]) -> None:
 def _refuse_values(training: SFTConfig) -> None:
     """Refuse values that transformers takes and that then train nothing, or another batch."""
     for name, value in vars(training).items():
-        if isinstance(value, float) and not math.isfinite(value):
+        is_float = isinstance(value, float) and name != "max_grad_norm"  # inf: measured, not cut
+        if is_float and not math.isfinite(value):
             raise BadInput(f"--{name} {value} is not finite")
     if training.max_length is not None and training.max_length < 2:
         raise BadInput(
@@ -237,7 +239,7 @@ def _budget(text: str | None) -> Budget | None:
         return None
     number, _, unit = str(text).replace("_", "").replace(",", "").partition(" ")
     unit = unit.removesuffix("s")
-    if not number.isdigit() or unit not in ("", "token", "example") or int(number) < 1:
+    if not number.isdecimal() or unit not in ("", "token", "example") or int(number) < 1:
         raise BadInput(
             f"--budget {text!r} is neither a number of tokens nor of examples",
             hint='--budget 8192 or --budget "4 examples"',

@@ -4,6 +4,7 @@ Exit codes: 0 done, 1 refused or failed, 2 wrong usage, 128 + signal when stoppe
 """
 
 import logging
+import signal
 import sys
 
 import gradaccum
@@ -30,9 +31,9 @@ def main(argv: list[str] | None = None) -> int:
     except GradaccumError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, (BadInput, MissingExtra)) else 1
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         print("stopped at once: nothing more was saved", file=sys.stderr)
-        return 130
+        return 128 + (interrupt.args[0] if interrupt.args else signal.SIGINT)
 
 
 def _train(words: list[str]) -> int:

@@ -1,5 +1,6 @@
 """What a run says while it runs, what it writes down, and how it stops when it is told to."""
 
+import contextlib
 import json
 import math
 import signal
@@ -119,8 +120,11 @@ class Metrics(TrainerCallback):
     ) -> None:
         if not self._path.exists():
             return
-        lines = self._path.read_text().splitlines()
-        kept = [line for line in lines if json.loads(line)["step"] <= state.global_step]
+        kept = []
+        for line in self._path.read_text().splitlines():
+            with contextlib.suppress(json.JSONDecodeError):  # cut off when the run was killed
+                if json.loads(line)["step"] <= state.global_step:
+                    kept.append(line)
         self._path.write_text("".join(line + "\n" for line in kept))
 
     @property
@@ -183,6 +187,7 @@ class StopOnSignal(TrainerCallback):
 
     def __init__(self) -> None:
         self.received: int | None = None
+        self.stopped = False  # a signal after the last step stops nothing
         self._before: dict[int, Any] = {}
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
@@ -192,7 +197,8 @@ class StopOnSignal(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        if self.received is not None:
+        if self.received is not None and state.global_step < state.max_steps:
+            self.stopped = True
             control.should_save = True
             control.should_training_stop = True
 
@@ -207,7 +213,7 @@ class StopOnSignal(TrainerCallback):
 
     def _receive(self, number: int, frame: Any) -> None:
         if self.received is not None:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt(number)
         self.received = number
         print(
             "\nstopping after this step, to save a checkpoint "

@@ -73,8 +73,8 @@ def _run(words: list[str]) -> int:
         trainer.train(resume_from_checkpoint=resume)
     finally:
         stop.restore()
-    if stop.received is not None:
-        saved = str(get_last_checkpoint(str(output)))
+    if stop.stopped and stop.received is not None:
+        saved = str(output / f"checkpoint-{trainer.state.global_step}")
         say(f"stopped by {signal.Signals(stop.received).name}, saved {saved}")
         flags = shlex.join([*_without_checkpoint(words), "--resume_from_checkpoint", saved])
         say(f"go on with: gradaccum train {flags}")

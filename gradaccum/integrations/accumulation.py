@@ -1,5 +1,6 @@
 """What an attached trainer carries: how a step is cut, its examples, the last step."""
 
+import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -82,6 +83,14 @@ class Examples:
     ) -> None:
         self.examples = examples
         self.ready = ready
+
+    # From worker to trainer by value: torch would send each tensor as a file of its own, and those
+    # of a large effective batch are more than a process may open.
+    def __getstate__(self) -> bytes:
+        return pickle.dumps((self.examples, self.ready))
+
+    def __setstate__(self, state: bytes) -> None:
+        self.examples, self.ready = pickle.loads(state)
 
 
 def carry(examples: list[Any], *, collate: Collate, cut: Cut) -> Examples:

@@ -35,9 +35,11 @@ def refuse(trainer: Trainer) -> None:
         # What would run, not what the class says: methods are patched on classes and instances.
         method = getattr(trainer, name)
         function = getattr(method, "__func__", method)
-        if function.__module__ not in modules or not function.__qualname__.endswith(f".{name}"):
+        # Where it was written; `__module__` is what functools.wraps says.
+        if getattr(function, "__globals__", {}).get("__name__") not in modules:
+            called = getattr(function, "__qualname__", repr(function))
             raise BadInput(
-                f"{function.__qualname__} would not be called: attach runs the step itself",
+                f"{called} would not be called: attach runs the step itself",
                 hint="override compute_loss, or use a callback such as on_pre_optimizer_step",
             )
     if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
