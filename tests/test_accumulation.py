@@ -2,6 +2,7 @@
 
 import functools
 import resource
+import signal
 
 import pytest
 import torch
@@ -58,7 +59,13 @@ def test_workers_of_the_loader_collate(tmp_path):
 
 def test_workers_send_large_batches_through_few_files(tmp_path):
     """A file for each tensor would be 300 here, and the trainer would wait for ever."""
+
+    def late(*_):
+        raise TimeoutError("the workers have sent nothing")
+
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(40)
     resource.setrlimit(resource.RLIMIT_NOFILE, (200, hard))
     try:
         ours, found = build(
@@ -69,6 +76,8 @@ def test_workers_send_large_batches_through_few_files(tmp_path):
         )
         ours.train()
     finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert len(found.gradients) == 2
 
