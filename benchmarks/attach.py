@@ -68,7 +68,8 @@ class OfTrainer:
         compute_loss = self.trainer.compute_loss
 
         def counted(model, inputs, *args, **kwargs):
-            self.tokens += int((inputs["labels"][:, 1:] != -100).sum())
+            if self.trainer.is_in_train:  # not where an attached one measures its loss
+                self.tokens += int((inputs["labels"][:, 1:] != -100).sum())
             return compute_loss(model, inputs, *args, **kwargs)
 
         self.trainer.compute_loss = counted

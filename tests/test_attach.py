@@ -2,6 +2,7 @@
 
 import copy
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import transformers
 from datasets import Dataset, concatenate_datasets
 from transformers import Trainer
 from trl import RewardConfig, RewardTrainer
+from trl.trainer import utils
 
 import gradaccum
 from gradaccum.errors import BadInput, NotDecomposable
@@ -238,6 +240,21 @@ def test_eval_and_metrics_are_those_of_one_big_batch(tmp_path):
     mine = ours.evaluate(prompts(9, seed=1))
     assert mine["eval_loss"] == pytest.approx(theirs["eval_loss"], rel=1e-4)
     assert "eval_entropy" in mine
+
+
+def test_the_head_of_sft_scores_trained_positions_only(tmp_path, monkeypatch):
+    scored = []
+    apply = utils._ChunkedLogProbFunction.apply
+
+    def spy(hidden, *args):
+        scored.append(len(hidden))
+        return apply(hidden, *args)
+
+    monkeypatch.setattr(utils, "_ChunkedLogProbFunction", SimpleNamespace(apply=spy))
+    ours, _ = build(tmp_path, "sft", attach={"effective_batch_size": 40})
+    ours.train()
+    last = ours.accumulation.last
+    assert sum(scored[-last.num_micros :]) == last.weight < last.useful
 
 
 @pytest.mark.parametrize("kind", ["hf", "sft"])

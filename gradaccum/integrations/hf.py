@@ -63,8 +63,8 @@ class Attached(Trainer):
         carrying = functools.partial(carry, collate=self.data_collator, cut=self.accumulation.cut)
         # One process reads for itself; accelerate's dispatcher would try to concatenate examples.
         with (
-            _replaced(self, "data_collator", carrying),
-            _replaced(config, "dispatch_batches", False),
+            replaced(self, "data_collator", carrying),
+            replaced(config, "dispatch_batches", False),
         ):
             loader = super().get_train_dataloader()
         size = getattr(loader, "total_batch_size", getattr(loader, "batch_size", None))
@@ -264,7 +264,7 @@ class Attached(Trainer):
     def _aside(self, model: nn.Module, *, dropout: bool = False) -> Iterator[None]:
         """Run what does not belong to the training, leaving no trace; without dropout if not so."""
         modes = contextlib.nullcontext() if dropout else without_dropout(model)
-        with _replaced(self, "is_in_train", False), modes, undisturbed(model):
+        with replaced(self, "is_in_train", False), modes, undisturbed(model):
             yield
 
 
@@ -331,7 +331,7 @@ def _is_due(step: int) -> bool:
 
 
 @contextmanager
-def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
     before = getattr(owner, name)
     setattr(owner, name, value)
     try:

@@ -1,4 +1,4 @@
-"""What TRL's SFTTrainer keeps besides the loss: metrics of each micro-batch, offloading.
+"""What TRL's SFTTrainer keeps besides the loss: metrics of each micro-batch, offloading, its head.
 
 Tested with trl 1.16. Its `compute_loss` appends the mean entropy and token accuracy of every
 micro-batch to `_metrics` and logs the mean of those means, so that a micro-batch of 10 tokens
@@ -8,12 +8,14 @@ gives. Dies when TRL weighs them itself.
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from trl.trainer import utils
 
-from gradaccum.integrations.hf import Attached
+from gradaccum.integrations.hf import Attached, replaced
 
 
 class AttachedSFT(Attached):
@@ -30,6 +32,10 @@ class AttachedSFT(Attached):
             loss = super().training_step(model, inputs, num_items_in_batch)
         self._join_metrics(begin)
         return loss
+
+    def _loss(self, model: nn.Module, inputs: Any, count: Tensor | None) -> Tensor:
+        with _trained_positions_only(self.args.device):
+            return super()._loss(model, inputs, count)
 
     def _join_metrics(self, begin: dict[str, int]) -> None:
         """Replace this window's entries of each metric by their mean, weighted by tokens."""
@@ -50,3 +56,14 @@ class AttachedSFT(Attached):
                 yield
         finally:
             self._metrics, self._total_train_tokens = metrics, num_tokens
+
+
+def _trained_positions_only(device: torch.device) -> AbstractContextManager[None]:
+    """Let TRL's loss head score only the positions that are trained, as it does on CUDA.
+
+    Elsewhere it scores prompts and padding too and drops the result, for compilers that want fixed
+    shapes (`_fused_forward` in trl/trainer/utils.py). On a CPU that is a quarter of a step.
+    """
+    if device.type != "cpu" or not hasattr(utils, "_use_triton"):
+        return nullcontext()
+    return replaced(utils, "_use_triton", lambda device: True)
