@@ -244,4 +244,6 @@ def _labels(micro: Any) -> Tensor:
 def _logits(outputs: Any) -> Tensor:
     if isinstance(outputs, Tensor):
         return outputs
+    if hasattr(outputs, "logits"):
+        return outputs.logits
     return outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]

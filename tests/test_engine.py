@@ -1,6 +1,7 @@
 """Accumulated gradients against the oracle: float64, any cut, any order, any form of the batch."""
 
 import copy
+import math
 import random
 import warnings
 from types import SimpleNamespace
@@ -571,3 +572,20 @@ def test_examples_hold_scalars_of_any_kind():
     assert gradaccum.causal_lm().size({"labels": np.int64(3), "input_ids": [1, 2, 3]}) == 3
     assert gradaccum.causal_lm().size({"labels": [1, 2], "input_ids": [1, 2, 3]}) == 5
     assert gradaccum.causal_lm().size({"labels": [1, 2, 3], "input_ids": [1, 2, 3]}) == 3
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda t: t,
+        lambda t: (t, None),
+        lambda t: {"logits": t},
+        lambda t: SimpleNamespace(logits=t),
+    ],
+)
+def test_causal_lm_takes_logits_in_any_common_form(wrap):
+    def net(input_ids):
+        return wrap(torch.zeros(*input_ids.shape, 4))
+
+    micro = {"input_ids": torch.tensor([[0, 1, 2]]), "labels": torch.tensor([[0, 1, -100]])}
+    assert gradaccum.causal_lm().loss(net, micro).item() == pytest.approx(math.log(4))
