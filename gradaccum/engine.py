@@ -17,14 +17,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from gradaccum import device as device_memory
 from gradaccum.batch import Collate, HostBatch, as_batch
 from gradaccum.errors import BadInput, CountMismatch, NotDecomposable
 from gradaccum.objective import Objective, by_term, shares, sum_and_weight
 from gradaccum.split import split
-from gradaccum.state import accumulating
+from gradaccum.state import accumulating, batch_norms
 from gradaccum.trees import to_device
 from gradaccum.types import Budget, Micro, Step
 
@@ -36,14 +35,18 @@ class Window:
     Args:
         micros: The micro-batches, largest first.
         inputs: Their collated inputs, in the same order.
+        losses: The loss of each, as in `Objective`.
         weights: Their weights by term; None where the loss reports its weight.
         totals: The weights of the whole effective batch by term.
+        unit: What the weights count.
     """
 
     micros: tuple[Micro, ...]
     inputs: tuple[Any, ...]
+    losses: tuple[Callable[[nn.Module, Any], Any], ...]
     weights: tuple[dict[str, float], ...] | None
     totals: dict[str, float] | None
+    unit: str
 
 
 class Accumulator:
@@ -128,9 +131,14 @@ class Accumulator:
         host: HostBatch = as_batch(batch, self._collate, trim=self.objective.trim)
         micros = split(host, self.objective, self.budget)
         inputs = tuple(host.take(micro.examples) for micro in micros)
-        if self.objective.weight is None:
-            return Window(tuple(micros), inputs, None, None)
-        weights = tuple(by_term(self.objective.weight(part)) for part in inputs)
+        losses, unit = (self.objective.loss,) * len(micros), self.objective.unit
+        if self.objective.resolve is not None:
+            _refuse_coupled(self.model, len(micros))
+            losses, weights, unit = self.objective.resolve(self.model, host, micros, inputs)
+        elif self.objective.weight is None:
+            return Window(tuple(micros), inputs, losses, None, None, unit)
+        else:
+            weights = tuple(by_term(self.objective.weight(part)) for part in inputs)
         names = {name: None for weight in weights for name in weight}
         if any(weight.keys() != names.keys() for weight in weights):
             raise CountMismatch(
@@ -138,7 +146,7 @@ class Accumulator:
                 hint="return every term for every micro-batch, 0 where it does not occur",
             )
         totals = {name: math.fsum(weight[name] for weight in weights) for name in names}
-        return Window(tuple(micros), inputs, weights, totals)
+        return Window(tuple(micros), inputs, losses, weights, totals, unit)
 
     def backward(self, batch: Any) -> Step:
         """Fill `.grad` with the gradient of the effective batch.
@@ -176,13 +184,13 @@ class Accumulator:
                     if p.grad is not None:
                         p.grad.div_(divisor)
             elif not any(window.totals.values()):
-                warnings.warn(f"no {self.objective.unit}: the gradients are zero", stacklevel=2)
+                warnings.warn(f"no {window.unit}: the gradients are zero", stacklevel=2)
                 for p in parameters:
                     p.grad = torch.zeros_like(p, dtype=p.grad_dtype)
         self._last = Step(
             micros=window.micros,
             weights=window.totals,
-            unit=self.objective.unit,
+            unit=window.unit,
             peak_bytes=device_memory.peak_bytes(device),
             total_bytes=device_memory.total_bytes(device),
             names=tuple(window.totals or ("loss",)),
@@ -209,7 +217,7 @@ class Accumulator:
         for i, (micro, inputs) in enumerate(zip(window.micros, window.inputs, strict=True)):
             # A micro-batch without weight adds zero; running it could add 0 * inf instead.
             if window.weights is None or any(window.weights[i].values()):
-                loss = self.objective.loss(self.model, to_device(inputs, device))
+                loss = window.losses[i](self.model, to_device(inputs, device))
                 if window.weights is None or window.totals is None:
                     part, weight = sum_and_weight(loss, device)
                     parts = [part]
@@ -268,11 +276,7 @@ def _refuse_coupled(model: nn.Module, num_micros: int) -> None:
                 f"steps inside backward?), at each of the {num_micros} micro-batches",
                 hint="remove it, and step once after backward(batch)",
             )
-    found = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None)
-    ]
+    found = batch_norms(model)
     if found:
         more = f" and {len(found) - 3} more" if len(found) > 3 else ""
         raise NotDecomposable(

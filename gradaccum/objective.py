@@ -7,7 +7,7 @@ foreign loss is reduced is measured in `contract.py`, not guessed here.
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from gradaccum.errors import BadInput, CountMismatch
 from gradaccum.trees import count_rows
-from gradaccum.types import IGNORE_INDEX
+from gradaccum.types import IGNORE_INDEX, Micro
 
 Number = float | Tensor
 Weight = Number | Mapping[str, Number]
@@ -41,6 +41,9 @@ class Objective:
         size: Maps one example to its cost in memory (tokens, pixels, 1).
         unit: What the weight counts, for messages.
         trim: The loss is the same without padding, so that it may be cut from collated batches.
+        resolve: Finds losses and weights out from the batch itself, in place of the two above; see
+            `contract.measured`. Called with the model, the batch, and the micro-batches with their
+            collated inputs.
 
     Example:
         >>> rows = Objective(
@@ -55,6 +58,21 @@ class Objective:
     size: Callable[[Any], int] = lambda example: length(example)
     unit: str = "items"
     trim: bool = False
+    resolve: Callable[[nn.Module, Any, list[Micro], tuple[Any, ...]], "Resolved"] | None = None
+
+
+class Resolved(NamedTuple):
+    """Name the loss and the weight of each micro-batch of one effective batch.
+
+    Args:
+        losses: A loss for each micro-batch, as in `Objective`.
+        weights: Their weights by term.
+        unit: What the weights count.
+    """
+
+    losses: tuple[Callable[[nn.Module, Any], Any], ...]
+    weights: tuple[dict[str, float], ...]
+    unit: str
 
 
 def length(example: Any) -> int:

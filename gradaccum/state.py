@@ -4,6 +4,7 @@ Modes, random state, buffers, and the dtype in which gradients add up.
 """
 
 import random
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,8 @@ from typing import TypeGuard
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 
 
 @contextmanager
@@ -57,29 +60,50 @@ def _is_written(buffer: torch.Tensor | None) -> TypeGuard[torch.Tensor]:
     return 0 not in buffer.stride()
 
 
+# What modules and their configs call the chance by which a forward in training mode changes values.
+CHANCES = re.compile("drop|jitter|mask_(time|feature)_prob")
+
+
 @contextmanager
 def without_dropout(model: nn.Module) -> Iterator[None]:
-    """Put every module in eval mode, but for those that a forward in eval mode would change.
+    """Let nothing in a forward be left to chance, in the mode in which the model is.
 
-    BatchNorm is in eval mode inside as well; whoever measures has to look for it beforehand.
+    Dropout layers get p = 0, and so does what modules or their configs call a dropout. In eval mode
+    other terms of a loss may be there, and other statistics.
     """
-    modes = {module: module.training for module in model.modules()}
-    for module, mode in modes.items():
-        module.training = mode and _repacks_in_eval(module)
+    holders: dict[int, object] = {id(module): module for module in model.modules()}
+    for module in model.modules():
+        configs = [vars(module).get("config")]
+        for config in configs:  # grows while it runs: configs hold configs
+            if hasattr(config, "__dict__") and id(config) not in holders:
+                holders[id(config)] = config
+                configs += vars(config).values()
+    before = [
+        (holder, name, value)
+        for holder in holders.values()
+        for name, value in vars(holder).items()
+        if isinstance(value, float) and value and _is_chance(holder, name)
+    ]
     try:
+        for holder, name, _ in before:
+            vars(holder)[name] = 0.0
         yield
     finally:
-        for module, mode in modes.items():
-            module.training = mode
+        for holder, name, value in before:
+            vars(holder)[name] = value
 
 
-def _repacks_in_eval(module: nn.Module) -> bool:
-    """Tell whether a module is changed for good by a forward in eval mode.
+def _is_chance(holder: object, name: str) -> bool:
+    return CHANCES.search(name) is not None or (isinstance(holder, _DropoutNd) and name == "p")
 
-    bitsandbytes 0.50 packs 4-bit weights on the CPU for inference at the first such forward, and
-    from then on multiplies through a kernel without a backward, in training mode too.
-    """
-    return any(base.__module__.startswith("bitsandbytes.") for base in type(module).__mro__)
+
+def batch_norms(model: nn.Module) -> list[str]:
+    """Return the names of the modules that normalise by the statistics of what they are given."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None)
+    ]
 
 
 @contextmanager

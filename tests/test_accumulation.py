@@ -18,6 +18,7 @@ from gradaccum.integrations.hf import _is_due
 from tests.hf_models import llama, token_rows, tokenizer
 from tests.trainers import build, same
 
+SMALL = {"effective_batch_size": 8, "budget": gradaccum.Budget(examples=3)}
 STEPS = {"train_sampling_strategy": "sequential", "max_grad_norm": 0.0}
 
 DYNAMIC = {
@@ -127,7 +128,7 @@ def test_position_tables_that_grow_do_not_grow_while_measuring(tmp_path):
 def test_rows_that_depend_on_the_longest_are_refused(tmp_path):
     """Dynamic RoPE chooses its frequencies by the longest row of the batch."""
     net = llama(initializer_range=0.5, **DYNAMIC)  # fresh weights hardly look at positions
-    ours, _ = build(tmp_path, model=net, attach={"effective_batch_size": 8}, **STEPS)
+    ours, _ = build(tmp_path, model=net, attach=SMALL, **STEPS)
     with pytest.raises(NotDecomposable, match="rows depend on each other"):
         ours.train()
 
@@ -138,15 +139,15 @@ def test_a_loss_that_couples_three_rows_is_refused(tmp_path):
             loss = super().compute_loss(model, inputs, False, num_items_in_batch)
             return loss * (2 if len(inputs["labels"]) > 2 else 1)
 
-    ours, _ = build(tmp_path, trainer=Third, attach={"effective_batch_size": 8})
-    with pytest.raises(NotDecomposable, match="for 3 examples together"):
+    ours, _ = build(tmp_path, trainer=Third, attach=SMALL)
+    with pytest.raises(NotDecomposable, match="for 3 rows together"):
         ours.train()
 
 
 def test_left_padding_that_a_loss_sees_is_refused_in_bf16_too(tmp_path):
     left = tokenizer()
     left.padding_side = "left"
-    ours, _ = build(tmp_path, attach={"effective_batch_size": 8}, bf16=True)
+    ours, _ = build(tmp_path, attach=SMALL, bf16=True)
     ours.data_collator = transformers.DataCollatorForLanguageModeling(left, mlm=False)
     lengths = [60, 64, 72, 80, 96, 110, 120, 128]
     ids = [[3 + (5 * i + j) % 60 for j in range(n)] for i, n in enumerate(lengths)]
@@ -157,17 +158,18 @@ def test_left_padding_that_a_loss_sees_is_refused_in_bf16_too(tmp_path):
 
 def test_each_run_measures_anew(tmp_path):
     """Between two runs the loss or the model may have become another one."""
-    ours, record = build(tmp_path, attach={"effective_batch_size": 8}, max_steps=2)
+    ours, _ = build(tmp_path, attach=SMALL, max_steps=2)
     ours.train()
+    assert ours.accumulation.measured.contract.counted
 
     def mean(outputs, labels, num_items_in_batch=None):
         logits, labels = outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
         return torch.nn.functional.cross_entropy(logits, labels)
 
     ours.compute_loss_func = mean
-    with pytest.raises(NotDecomposable, match="ignores num_items_in_batch"):
-        ours.train()
-    assert len(record.gradients) == 2
+    ours.train()
+    contract = ours.accumulation.measured.contract
+    assert not contract.counted and contract.counters[0] == "shifted:labels"
 
 
 def test_arguments_that_change_after_attach_are_refused(tmp_path):

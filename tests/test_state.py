@@ -1,6 +1,7 @@
 """What runs aside leaves no trace: random state, buffers, attributes; also after a failure."""
 
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -58,11 +59,20 @@ def test_undisturbed_puts_everything_back(fails):
     assert net[0](5) == pytest.approx(1.0)  # grows as if for the first time
 
 
-def test_modes_are_put_back():
-    net = nn.Sequential(nn.Dropout(), nn.Linear(2, 2).eval())
+def test_without_dropout_leaves_modes_and_puts_chances_back():
+    """Also those that a forward reads from plain attributes and from nested configs."""
+    net = nn.Sequential(nn.Dropout(0.3), nn.Linear(2, 2).eval())
+    inner = SimpleNamespace(attention_dropout=0.1, width=0.5)
+    net[1].config = SimpleNamespace(layerdrop=0.2, text_config=inner, is_decoder=True)
+    net[1].dropout = 0.4
+    x = torch.randn(64, 2)
     with without_dropout(net):
-        assert not net.training and not net[0].training
-    assert net.training and net[0].training and not net[1].training
+        assert net.training and net[0].training and not net[1].training
+        assert torch.equal(net[0](x), x)
+        assert (net[1].dropout, net[1].config.layerdrop, inner.attention_dropout) == (0, 0, 0)
+        assert inner.width == 0.5 and net[1].config.is_decoder
+    assert (net[0].p, net[1].dropout, net[1].config.layerdrop) == (0.3, 0.4, 0.2)
+    assert inner.attention_dropout == 0.1 and not torch.equal(net[0](x), x)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """What an attached trainer carries: how a step is cut, its examples, the last step."""
 
+import dataclasses
 import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,10 +12,12 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import has_length
 
 from gradaccum.batch import Collate, Listed
-from gradaccum.contract import Counter
+from gradaccum.contract import Contract
 from gradaccum.engine import Accumulator, Window
 from gradaccum.errors import BadInput
+from gradaccum.measured import Measured
 from gradaccum.objective import causal_lm, length
+from gradaccum.reductions import Routing
 from gradaccum.split import split
 from gradaccum.types import Budget, Step
 
@@ -122,12 +125,16 @@ class Accumulation:
         """Forget the run before: another one may bring another model or another loss."""
         self.last: Step | None = None
         self.window: Window | None = None
-        self.counters: tuple[Counter, ...] | None = None
+        self.measured: Measured | None = None
+        self.evaluating: Measured | None = None  # where nothing has been trained yet
         self.accumulator: Accumulator | None = None
 
 
+KEPT = ("effective_batch_size", "contract")
+
+
 class SameBatch(TrainerCallback, ExportableState):
-    """Keep the effective batch size in checkpoints, and refuse to resume with another one.
+    """Keep effective batch size and contract in checkpoints, and refuse to resume another size.
 
     A resumed trainer skips as many batches as it has made steps, so batches of another size would
     skip examples or repeat them.
@@ -135,9 +142,23 @@ class SameBatch(TrainerCallback, ExportableState):
 
     def __init__(self) -> None:
         self.effective_batch_size: int | None = None  # not known before a run begins
+        self.contract: dict[str, Any] | None = None
 
     def state(self) -> dict[str, Any]:
-        return {"args": {}, "attributes": {"effective_batch_size": self.effective_batch_size}}
+        return {"args": {}, "attributes": {name: getattr(self, name) for name in KEPT}}
+
+    def keep(self, measured: Measured) -> None:
+        """Take the contract, so that a resumed run does not depend on its first batch for it."""
+        if measured.contract is not None:
+            self.contract = {"name": measured.name} | dataclasses.asdict(measured.contract)
+
+    def restore(self, measured: Measured) -> None:
+        """Give the contract back, if it is of the same loss."""
+        if self.contract is not None and self.contract["name"] == measured.name:
+            kept = {key: value for key, value in self.contract.items() if key != "name"}
+            kept["counters"] = tuple(kept["counters"])
+            kept["routing"] = Routing(**kept["routing"]) if kept["routing"] else None
+            measured.contract = Contract(**kept)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
@@ -146,6 +167,7 @@ class SameBatch(TrainerCallback, ExportableState):
         kept = cast(dict[str, Any], state.stateful_callbacks)
         entry = kept.get(type(self).__name__, self.state())
         saved = entry["attributes"]["effective_batch_size"]
+        self.contract = entry["attributes"].get("contract") if state.global_step else None
         self.effective_batch_size = own
         kept[type(self).__name__] = self.state()
         if args.ignore_data_skip or not state.global_step:

@@ -15,7 +15,9 @@ import dataclasses
 import functools
 import importlib
 import itertools
-from collections.abc import Iterator, Mapping
+import logging
+import math
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -24,19 +26,22 @@ from accelerate.utils.memory import clear_device_cache
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer
-from transformers.trainer_utils import TrainOutput, has_length
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput, has_length
 
-from gradaccum import contract, verify
+from gradaccum import verify
 from gradaccum.batch import Listed
 from gradaccum.engine import Accumulator, Window
-from gradaccum.errors import BadInput, NotDecomposable
+from gradaccum.errors import BadInput, GradaccumError
 from gradaccum.integrations.accumulation import Accumulation, Cut, Examples, SameBatch, carry
 from gradaccum.integrations.refusals import refuse
-from gradaccum.objective import Objective, length
+from gradaccum.measured import Measured
 from gradaccum.state import undisturbed, without_dropout
+from gradaccum.trees import count_rows
 from gradaccum.types import Budget, Micro, Proof
 
 T = TypeVar("T", bound=Trainer)
+logger = logging.getLogger(__name__)
+EVALUATED = 16  # examples that tell how a loss is reduced where none was trained
 
 
 class Attached(Trainer):
@@ -158,43 +163,125 @@ class Attached(Trainer):
             floor = max(reordered, verify.rounding(model, expected))
         return Proof(error, floor, len(examples), len(accumulated.micros))
 
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        # The trainer's mean of batch means depends on how large its batches are.
+        self._evaluated: list[tuple[Tensor, float | None]] = []
+        self._look_at(dataloader)
+        output = super().evaluation_loop(
+            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+        )
+        key, weights = f"{metric_key_prefix}_loss", [weight for _, weight in self._evaluated]
+        if output.metrics and key in output.metrics and weights:
+            if None in weights or not sum(filter(None, weights)):
+                logger.warning(
+                    f"{key} is a mean of batch means, and depends on per_device_eval_batch_size: "
+                    "it is not known what the loss of this model is a mean over"
+                )
+            else:
+                losses = torch.stack([loss for loss, _ in self._evaluated]).double().tolist()
+                pairs = [(x, w) for x, w in zip(losses, weights, strict=True) if w]
+                total = math.fsum(w for _, w in pairs)
+                output.metrics[key] = sum(x * w for x, w in pairs) / total
+        return output
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        kept = copy.copy(inputs)  # compute_loss pops from it
+        output = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        if output[0] is not None:
+            loss = output[0].detach().mean()
+            self._evaluated.append((loss, self._eval_weight(kept)))
+        return output
+
+    def _look_at(self, dataloader: DataLoader) -> None:
+        """Find out what the loss is a mean over if no training has; of a stream it is not told."""
+        accumulation, data = self.accumulation, dataloader.dataset
+        trained = accumulation.measured
+        if trained is not None and trained.contract is not None:
+            accumulation.evaluating = trained
+        if accumulation.evaluating is not None or not has_length(data):
+            return
+        model = self.model
+        assert isinstance(model, nn.Module), "a trainer has a model"
+        found = accumulation.evaluating = self._measured(model)
+        rows = [data[i] for i in range(min(EVALUATED, len(data)))]  # pyright: ignore
+        was_training = model.training
+        model.eval()
+        try:
+            found.look_at(model, Listed(rows, dataloader.collate_fn))
+        except GradaccumError as error:
+            logger.warning(f"how the loss is reduced is not known: {error.args[0]}")
+        finally:
+            model.train(was_training)
+
+    def _eval_weight(self, inputs: Any) -> float | None:
+        """Return what the loss of an evaluated batch is a mean over; None if that is not known."""
+        found = self.accumulation.evaluating
+        return None if found is None else found.mean_weight(inputs, count_rows(inputs, 1))
+
     def _prepare(self, model: nn.Module, given: Examples) -> Window:
         """Cut and count a batch, once it is known what the loss divides by."""
         accumulation, accumulator = self.accumulation, self._accumulator(model)
         accumulator.budget = accumulation.cut.budget_for(given.examples)
-        batch = Listed(given.examples, self.data_collator)
-        if accumulation.counters is None:
-            accumulation.counters = self._measure(model, batch)
-        elif _is_due(self.state.global_step):
-            self._refuse_undivided(model, batch)
-        window = accumulator.prepare(Listed(given.examples, self.data_collator, given.ready))
-        if any(contract.differ(accumulation.counters, part) for part in window.inputs):
-            accumulation.counters = self._measure(model, batch)
-            if len(accumulation.counters) > 1:
-                raise NotDecomposable("this batch does not tell which tokens the loss divides by")
-            window = accumulator.prepare(batch)
+        batch = Listed(given.examples, self.data_collator, given.ready)
+        assert accumulation.measured is not None, "made with the accumulator"
+        if _is_due(self.state.global_step):
+            accumulation.measured.look_again(model, batch)
+        window = accumulator.prepare(batch)
+        self._kept().keep(accumulation.measured)
         return window
+
+    def _kept(self) -> SameBatch:
+        """Return the callback that checkpoints know; a resumed run may have made a new one."""
+        callbacks = self.callback_handler.callbacks
+        return next(callback for callback in callbacks if isinstance(callback, SameBatch))
 
     def _accumulator(self, model: nn.Module) -> Accumulator:
         """Return the accumulator of this model; a second `train()` may bring another one."""
-        current = self.accumulation.accumulator
+        accumulation = self.accumulation
+        current = accumulation.accumulator
         if current is None or current.model is not model:
-            one = torch.ones((), dtype=torch.long, device=self.args.device)
-            objective = Objective(
-                loss=lambda model, inputs: self._loss(model, inputs, one),
-                weight=self._weight,
-                size=length,
-                unit="trained tokens",
-            )
-            current = Accumulator(
+            measured = accumulation.measured = self._measured(model)
+            self._kept().restore(measured)
+            current = accumulation.accumulator = Accumulator(
                 model,
-                objective,
+                measured.objective(),
                 budget=Budget(examples=1),  # set anew for each batch
                 backward=self.accelerator.backward,
                 after_micro=self._after_micro,
             )
-            self.accumulation.accumulator = current
         return current
+
+    def _measured(self, model: nn.Module) -> Measured:
+        low = self.args.bf16 or self.args.fp16 or torch.get_float32_matmul_precision() != "highest"
+        return Measured(
+            self._counted_loss,
+            name=f"the loss of {type(self.accelerator.unwrap_model(model)).__name__}",
+            own_count=self._own_count if self._is_own_loss() else None,
+            aside=self._aside,
+            is_low=low,
+        )
+
+    def _counted_loss(self, model: nn.Module, inputs: Any, count: float | None) -> Tensor:
+        if count is None and self._is_own_loss():
+            count = float(self._own_count(inputs))
+        given = None
+        if count is not None:  # whole, as training passes it, so that it is compiled once
+            whole = int(count) if float(count).is_integer() else count
+            given = torch.tensor(whole, device=self.args.device)
+        return self._loss(model, copy.copy(inputs), given)  # a copy: compute_loss pops from it
 
     def _loss(self, model: nn.Module, inputs: Any, count: Tensor | None) -> Tensor:
         inputs = self._prepare_inputs(inputs)
@@ -203,49 +290,10 @@ class Attached(Trainer):
         assert isinstance(loss, Tensor), "without return_outputs it is the loss alone"
         return loss
 
-    def _weight(self, inputs: Mapping[str, Any]) -> Any:
-        counters = self.accumulation.counters
-        assert counters is not None, "the count is measured before the first step"
-        return counters[0](inputs)
-
     def _after_micro(self, micro: Micro) -> None:
         window = self.accumulation.window
         if self.is_in_train and window is not None and micro is not window.micros[-1]:
             self.control = self.callback_handler.on_substep_end(self.args, self.state, self.control)
-
-    def _measure(self, model: nn.Module, batch: Listed) -> tuple[contract.Counter, ...]:
-        """Find out what the loss is divided by; refuse it if it is no sum over the examples."""
-        self._refuse_undivided(model, batch)
-        low = {torch.float16, torch.bfloat16}
-        is_low = self.args.bf16 or self.args.fp16 or any(p.dtype in low for p in model.parameters())
-        with self._aside(model):
-            return contract.consistent_counters(
-                functools.partial(self._counted_loss, model),
-                batch,
-                is_low=is_low,
-                name=self._loss_name(model),
-                counters=(self._own_count,) if self._is_own_loss() else contract.COUNTERS,
-            )
-
-    def _refuse_undivided(self, model: nn.Module, batch: Listed) -> None:
-        with self._aside(model, dropout=True):
-            keys = set(batch.take([0]))
-            if not keys & {"labels", "shift_labels"}:
-                raise NotDecomposable(
-                    f"the batches of {type(self).__name__} have no labels (they have "
-                    f"{', '.join(sorted(keys))}), so it is not known what its loss is divided by",
-                    hint="attach works so far with losses of labelled tokens",
-                )
-            loss = functools.partial(self._counted_loss, model)
-            contract.refuse_undivided(loss, batch, name=self._loss_name(model))
-
-    def _counted_loss(self, model: nn.Module, inputs: Any, count: int | None) -> Tensor:
-        # Of the dtype that training passes, or a compiled model would be compiled once more.
-        given = None if count is None else torch.tensor(count, device=self.args.device)
-        return self._loss(model, copy.copy(inputs), given)  # a copy: compute_loss pops from it
-
-    def _loss_name(self, model: nn.Module) -> str:
-        return f"the loss of {type(self.accelerator.unwrap_model(model)).__name__}"
 
     def _is_own_loss(self) -> bool:
         """Tell whether the loss is the user's code, which divides by what the trainer counts."""
@@ -256,9 +304,7 @@ class Attached(Trainer):
 
     def _own_count(self, inputs: Any) -> Tensor | int:
         count = super().get_batch_samples(iter([inputs]), 1, torch.device("cpu"))[1]
-        if count is None:
-            raise NotDecomposable("the trainer finds no labels to count for its loss")
-        return count
+        return 1 if count is None else count
 
     @contextmanager
     def _aside(self, model: nn.Module, *, dropout: bool = False) -> Iterator[None]:

@@ -1,0 +1,135 @@
+"""What a loss may be averaged over, counted from collated inputs: rows, labels, masks, elements.
+
+A counter is a name such as "trained:labels", so that it can be written into a checkpoint. Which of
+them a loss is divided by is measured in `contract.py`.
+"""
+
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradaccum.trees import named_leaves
+from gradaccum.types import IGNORE_INDEX
+
+ROWS = "rows:"
+
+
+def _first_dimension(labels: Tensor) -> Tensor:
+    """Return a mask as (rows, rest)."""
+    return labels.reshape(len(labels), -1) if labels.ndim else labels.reshape(1, 1)
+
+
+# In the order in which they are preferred where several fit. Each takes the leaf's value and the
+# inputs, and returns None where it does not apply.
+KINDS: dict[str, tuple[str, Callable[[Any, Mapping[str, Any]], Any]]] = {
+    "shifted": (
+        "trained tokens in {}, each row's first left out",
+        lambda x, _: (x[..., 1:] != IGNORE_INDEX).sum() if _is_ids(x) and x.ndim > 1 else None,
+    ),
+    "trained": (
+        "labels in {} that are not -100",
+        lambda x, _: (x != IGNORE_INDEX).sum() if _is_ids(x) else None,
+    ),
+    "labelled": (
+        "rows with a label in {}",
+        lambda x, _: (
+            (_first_dimension(x) != IGNORE_INDEX).any(1).sum()
+            if _is_ids(x) and x.ndim > 1
+            else None
+        ),
+    ),
+    "attended": (
+        "labels in {} that are not -100 and not masked",
+        lambda x, inputs: _attended(x, inputs, 0),
+    ),
+    "shifted_attended": (
+        "labels in {} that are not -100 and not masked, each row's first left out",
+        lambda x, inputs: _attended(x, inputs, 1),
+    ),
+    "nonzero": (
+        "values in {} that are not 0",
+        lambda x, _: (
+            (x != 0).sum() if isinstance(x, Tensor) and not x.is_floating_point() else None
+        ),
+    ),
+    "not_negative": (
+        "values in {} that are not negative",
+        lambda x, _: (x >= 0).sum() if _is_ids(x) else None,
+    ),
+    "not_255": (
+        "values in {} that are not 255",
+        lambda x, _: (x != 255).sum() if _is_ids(x) and x.ndim > 2 else None,
+    ),
+    "finite": (
+        "values in {} that are not nan",
+        lambda x, _: (
+            x.isfinite().sum() if isinstance(x, Tensor) and x.is_floating_point() else None
+        ),
+    ),
+    "elements": ("elements of {}", lambda x, _: x.numel() if isinstance(x, Tensor) else None),
+    "listed": (
+        "objects in {}",
+        lambda x, _: sum(map(_num_listed, x)) if isinstance(x, list) else None,
+    ),
+}
+
+
+# Counts of labels, which are not tried on what is known to be none.
+LABELS = ("shifted", "trained", "labelled", "attended", "shifted_attended", "not_negative")
+
+
+def _is_input(key: str) -> bool:
+    return key.endswith(("_ids", "_mask")) and "label" not in key
+
+
+def counts(inputs: Any, num_rows: int, names: Collection[str] | None = None) -> dict[str, float]:
+    """Return the counters that apply to these collated inputs, the preferred ones first.
+
+    Args:
+        inputs: A collated micro-batch.
+        num_rows: Its examples.
+        names: Only these; by default all.
+    """
+    given = _given(inputs)
+    found = {ROWS: float(num_rows)} if names is None or ROWS in names else {}
+    for kind, (_, counter) in KINDS.items():
+        for key in sorted(given, key=lambda key: "label" not in key):
+            name = f"{kind}:{key}"
+            if name in names if names is not None else not (kind in LABELS and _is_input(key)):
+                value = counter(given[key], given)
+                if value is not None:
+                    found[name] = float(value)
+    return found
+
+
+def describe(name: str) -> str:
+    """Return a counter in words: "labels in labels that are not -100"."""
+    kind, _, key = name.partition(":")
+    if name == ROWS or kind not in KINDS:
+        return kind
+    return KINDS[kind][0].format(key)
+
+
+def _given(inputs: Any) -> Mapping[str, Any]:
+    return inputs if isinstance(inputs, Mapping) else dict(named_leaves(inputs))
+
+
+def _is_ids(value: Any) -> bool:
+    """Tell whether a value may be labels: whole numbers."""
+    return isinstance(value, Tensor) and value.ndim > 0 and value.dtype in (torch.long, torch.int)
+
+
+def _attended(labels: Any, inputs: Mapping[str, Any], begin: int) -> Tensor | None:
+    mask = inputs.get("attention_mask")
+    if not _is_ids(labels) or not isinstance(mask, Tensor) or labels.shape != mask.shape:
+        return None
+    trained = (labels != IGNORE_INDEX) & (mask != 0).to(labels.device)
+    return trained[..., begin:].sum() if labels.ndim > begin else None
+
+
+def _num_listed(example: Any) -> int:
+    """Return the objects of one example: how long the first tensor in it is."""
+    leaves = [leaf for _, leaf in named_leaves(example) if isinstance(leaf, Tensor) and leaf.ndim]
+    return len(leaves[0]) if leaves else 0

@@ -1,0 +1,312 @@
+"""The objective of a foreign loss: weights that follow from its measured contract.
+
+`contract.py` finds the contract on the first batch. Here it is applied to each effective batch, and
+measured again where counters that agreed so far would now give different weights.
+"""
+
+import contextlib
+import copy
+import functools
+import math
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradaccum.batch import HostBatch
+from gradaccum.contract import OWN, SUM, Contract, CountedLoss, Probe
+from gradaccum.counters import counts, describe
+from gradaccum.errors import NotDecomposable
+from gradaccum.objective import Number, Objective, Resolved, length
+from gradaccum.reductions import Routing, Terms, attention_mask
+from gradaccum.state import batch_norms, undisturbed, without_dropout
+from gradaccum.trees import to_device
+from gradaccum.types import Micro
+
+Loss = Callable[[nn.Module, Any], Tensor]
+
+
+@contextmanager
+def quiet(model: nn.Module, *, dropout: bool = False) -> Iterator[None]:
+    """Run what does not belong to the training, leaving no trace; without dropout if not so."""
+    modes = contextlib.nullcontext() if dropout else without_dropout(model)
+    with modes, undisturbed(model):
+        yield
+
+
+class Measured:
+    """Find out the contract of one loss, on the first batch and where a batch tells more.
+
+    Args:
+        loss: Maps model, collated inputs on the host and a count to the loss, shape (). Runs
+            several times on the same inputs, so it must not change them.
+        name: What the loss is called in messages.
+        takes_count: Whether it is given a count at all.
+        own_count: Counts what the loss is to be divided by, where that is not the loss's choice.
+        aside: Keeps what runs inside out of the training.
+        is_low: The loss is computed in 16 bits or in TF32, so that rows alone and in a batch
+            differ by rounding, whatever the dtype of the parameters.
+    """
+
+    def __init__(
+        self,
+        loss: CountedLoss,
+        *,
+        name: str = "the loss",
+        takes_count: bool = True,
+        own_count: Callable[[Any], Number] | None = None,
+        aside: Callable[..., AbstractContextManager[None]] = quiet,
+        is_low: bool = False,
+    ) -> None:
+        self.loss = loss
+        self.name = name
+        self.takes_count = takes_count
+        self.own_count = own_count
+        self.aside = aside
+        self.is_low = is_low
+        self.contract: Contract | None = None
+        self._refusal: NotDecomposable | None = None
+        self.num_rows = 0  # that measuring has cost, in forwards of one row
+
+    def resolve(
+        self, model: nn.Module, host: HostBatch, micros: list[Micro], inputs: tuple[Any, ...]
+    ) -> Resolved:
+        """Return loss and weight of each micro-batch; see `Objective.resolve`.
+
+        Raises:
+            NotDecomposable: No weights give the gradient of the whole batch; it says why.
+            BadInput: The loss is not finite on the rows measured.
+        """
+        try:
+            contract = self._known(model, host, micros, inputs)
+        except NotDecomposable as refusal:
+            self._refusal = refusal
+            if len(micros) == 1:
+                return self._whole(micros, inputs)
+            raise
+        if contract is None:
+            return _resolved(
+                [self._times(1.0)] * len(micros), [0.0] * len(micros), "trained tokens"
+            )
+        self.contract = contract
+        return self._resolved(contract, model, micros, inputs)
+
+    def _known(
+        self, model: nn.Module, host: HostBatch, micros: list[Micro], inputs: tuple[Any, ...]
+    ) -> Contract | None:
+        """Return the contract, measured if need be; None if nothing is trained here."""
+        if self._refusal is not None:
+            raise self._refusal
+        if len(host) == 1:
+            raise NotDecomposable("one example does not tell how a loss is reduced")
+        if len(micros) == 1 and (_observed(model) or batch_norms(model)):
+            raise NotDecomposable("forwards of a few rows would change the model")
+        contract = self.contract or self._measure(model, host)
+        if contract is not None and self._differ(contract, micros, inputs):
+            contract = self._measure(model, host)
+            if contract is not None and self._differ(contract, micros, inputs):
+                listed = ", or over ".join(map(describe, contract.counters))
+                raise NotDecomposable(
+                    f"this batch does not tell what {self.name} is a mean over: {listed}",
+                    hint="shuffle the data, so that its rows differ",
+                )
+        return contract
+
+    def objective(self, *, size: Callable[[Any], int] = length, trim: bool = False) -> Objective:
+        """Return the objective whose losses and weights are found out from each batch."""
+        loss: Loss = self._times(1.0)
+        return Objective(loss, None, size, trim=trim, resolve=self.resolve)
+
+    def look_at(self, model: nn.Module, host: HostBatch) -> None:
+        """Measure the contract on this batch if it is not known."""
+        if self.contract is None and len(host) > 1:
+            self.contract = self._measure(model, host)
+
+    def look_again(self, model: nn.Module, host: HostBatch) -> None:
+        """Forget the contract if it does not hold any more: it is then measured again.
+
+        A term may be zero at first and grow: an annealed coefficient, a distance from the first
+        weights. This takes a few forwards of short rows.
+        """
+        if self.contract is not None and len(host) > 1:
+            with self._probing(model, host, tried=3) as probe:
+                if not probe.holds(self.contract):
+                    self.contract = None
+
+    def mean_weight(self, inputs: Any, num_rows: int) -> float | None:
+        """Return the weight of a batch whose loss was taken without a count; None if unknown."""
+        known = self.contract
+        if known is None or known.split or known.routing or known.extra or SUM in known.counters:
+            return None
+        return self._counts(inputs, num_rows, known.counters).get(known.counters[0])
+
+    def _measure(self, model: nn.Module, host: HostBatch) -> Contract | None:
+        with self._probing(model, host) as probe:
+            return probe.contract()
+
+    @contextmanager
+    def _probing(self, model: nn.Module, host: HostBatch, *, tried: int = 8) -> Iterator[Probe]:
+        gradients = [(p, p.grad) for p in model.parameters()]
+        try:
+            for p, _ in gradients:
+                p.grad = None
+            with self.aside(model):
+                probe = Probe(
+                    model,
+                    self.loss,
+                    host,
+                    self.name,
+                    self.takes_count,
+                    self.own_count,
+                    self._precision(model),
+                    tried,
+                )
+                yield probe
+                self.num_rows += probe.num_rows
+        finally:
+            for p, grad in gradients:
+                p.grad = grad
+
+    def _precision(self, model: nn.Module) -> str:
+        dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
+        is_low = self.is_low or any(dtype.itemsize < 4 for dtype in dtypes)
+        return "low" if is_low else "float32" if torch.float32 in dtypes else "float64"
+
+    def _whole(self, micros: list[Micro], inputs: tuple[Any, ...]) -> Resolved:
+        """Return the loss of one micro-batch that holds the whole effective batch, as it is."""
+        count = None if self.own_count is None else float(self.own_count(inputs[0]))
+        num = float(len(micros[0].examples))
+        return _resolved([self._times(num, count=count)], [num], "rows")
+
+    def _counts(self, inputs: Any, num_rows: int, names: Collection[str]) -> dict[str, float]:
+        found = counts(inputs, num_rows, names)
+        if OWN in names and self.own_count is not None:
+            found[OWN] = float(self.own_count(inputs))
+        return found
+
+    def _differ(self, contract: Contract, micros: list[Micro], inputs: tuple[Any, ...]) -> bool:
+        """Tell whether counters that agreed so far give other weights to these micro-batches."""
+        names = contract.counters
+        if len(names) == 1:
+            return False
+        found = [
+            self._counts(part, len(micro.examples), names)
+            for micro, part in zip(micros, inputs, strict=True)
+        ]
+        columns = [[row.get(name, 0.0) for row in found] for name in names]
+        if not contract.counted:  # then only their ratios matter
+            columns = [[n / (sum(column) or 1.0) for n in column] for column in columns]
+        return any(math.dist(columns[0], column) > 1e-9 for column in columns)
+
+    def _resolved(
+        self, contract: Contract, model: nn.Module, micros: list[Micro], inputs: tuple[Any, ...]
+    ) -> Resolved:
+        name, rows = contract.counters[0], [float(len(micro.examples)) for micro in micros]
+        num = [
+            self._counts(part, len(micro.examples), (name,)).get(name, 0.0)
+            for micro, part in zip(micros, inputs, strict=True)
+        ]
+        if contract.extra is not None or contract.routing is not None or contract.split:
+            return self._of_terms(contract, model, rows, num, inputs)
+        if contract.counted:
+            return _resolved([self._times(1.0, count=1)] * len(num), num, _unit(name))
+        if name == SUM:
+            return _resolved([self._times(sum(rows))] * len(num), rows, "rows")
+        return _resolved([self._times(weight) for weight in num], num, _unit(name))
+
+    def _times(self, factor: float, *, count: float | None = None) -> Loss:
+        return lambda model, x: self.loss(model, x, count) * factor
+
+    def _of_terms(
+        self,
+        contract: Contract,
+        model: nn.Module,
+        rows: list[float],
+        num: list[float],
+        inputs: tuple[Any, ...],
+    ) -> Resolved:
+        """Return losses that are each micro-batch's share of the whole loss, times all rows.
+
+        With a count N the loss is S / N + E, and E a mean with the shares a: a (S / (W a) + E) is
+        what one micro-batch adds to S / W + the mean of E.
+        """
+        total = sum(num) or 1.0
+        count: list[float | None] = [None] * len(num)
+        factor = [1.0 if contract.counters == (SUM,) else weight / total for weight in num]
+        if contract.counted:
+            factor = [1.0] * len(num)
+            if contract.extra is not None:
+                found = [
+                    self._counts(part, round(n), (contract.extra,))[contract.extra]
+                    for part, n in zip(inputs, rows, strict=True)
+                ]
+                factor = [weight / sum(found) for weight in found]
+            count = [total * share for share in factor]
+        terms = self.terms(model, inputs, count, contract.routing, split=contract.split)
+
+        def loss(model: nn.Module, x: Any, i: int) -> Tensor:
+            run = functools.partial(self.loss, model, x, count[i])
+            rest, share = terms.parts(model, run, attention_mask(x))
+            return (rest * factor[i] + share) * sum(rows)
+
+        losses = [lambda model, x, i=i: loss(model, x, i) for i in range(len(rows))]
+        return _resolved(losses, rows, "rows")
+
+    def terms(
+        self,
+        model: nn.Module,
+        inputs: Sequence[Any],
+        count: Sequence[float | None],
+        routing: Routing | None,
+        *,
+        split: bool,
+    ) -> Terms:
+        """Count what the terms of the loss are divided by over these inputs."""
+        if routing is None and not split:
+            return Terms(None, None, None, None)
+        device = next(model.parameters()).device
+        with self.aside(model, dropout=True):
+            return Terms.survey(
+                model,
+                [
+                    functools.partial(self.loss, model, to_device(x, device), n)
+                    for x, n in zip(inputs, count, strict=True)
+                ],
+                map(attention_mask, inputs),
+                routing=routing,
+                split=split,
+            )
+
+
+def measured(
+    loss: Callable[[nn.Module, Any], Tensor],
+    *,
+    size: Callable[[Any], int] = length,
+    trim: bool = False,
+) -> Objective:
+    """Return the objective of a loss that is reduced in some way: measured, not trusted.
+
+    Args:
+        loss: Maps model and micro-batch to the loss, shape (), however it is reduced.
+        size: Maps one example to its cost in memory.
+        trim: The loss is the same without padding, so that it may be cut from collated batches.
+    """
+
+    def counted(model: nn.Module, inputs: Any, count: float | None) -> Tensor:
+        return loss(model, to_device(copy.copy(inputs), next(model.parameters()).device))
+
+    return Measured(counted, takes_count=False).objective(size=size, trim=trim)
+
+
+def _resolved(losses: Sequence[Loss], weights: Sequence[float], unit: str) -> Resolved:
+    return Resolved(tuple(losses), tuple({"loss": weight} for weight in weights), unit)
+
+
+def _unit(name: str) -> str:
+    return "trained tokens" if name.startswith(("shifted", "trained", OWN)) else describe(name)
+
+
+def _observed(model: nn.Module) -> bool:
+    return any(getattr(p, "_post_accumulate_grad_hooks", None) for p in model.parameters())
