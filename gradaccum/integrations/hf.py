@@ -365,8 +365,8 @@ def attach(
     trainer.args.logging_nan_inf_filter = False
     own = type(trainer)
     mixin = Attached
-    if any(base.__module__.startswith("trl.trainer.sft_trainer") for base in own.__mro__):
-        mixin = importlib.import_module("gradaccum.integrations.trl").AttachedSFT
+    if any(base.__module__.startswith("trl.") for base in own.__mro__):
+        mixin = importlib.import_module("gradaccum.integrations.trl").mixin(trainer)
     trainer.__class__ = type(own.__name__, (mixin, own), {"__module__": own.__module__})
     return trainer
 

@@ -1,6 +1,6 @@
 """What `attach` cannot do, said before anything has started.
 
-Tested with transformers 5.17 and 5.23, trl 1.16.
+Tested with transformers 5.17 and 5.23, trl 1.16, unsloth 2026.10.
 """
 
 from transformers import Trainer
@@ -9,7 +9,8 @@ from transformers.training_args import OptimizerNames
 from gradaccum.errors import BadInput, NotDecomposable
 
 # Where the methods may come from that `Attached` replaces. Those of TRL here only switch activation
-# offloading on, in others they generate data or count steps.
+# offloading on, in others they generate data or count steps. Those of Unsloth, which it puts in
+# their place on a GPU, are theirs with a count and with what `unsloth.py` here does.
 KNOWN = {
     "training_step": {
         "transformers.trainer",
@@ -17,8 +18,10 @@ KNOWN = {
         "trl.trainer.dpo_trainer",
         "trl.trainer.kto_trainer",
         "trl.trainer.reward_trainer",
+        "unsloth.models._utils",
+        "UnslothSFTTrainer",
     },
-    "get_batch_samples": {"transformers.trainer"},
+    "get_batch_samples": {"transformers.trainer", "unsloth.models._utils"},
 }
 
 

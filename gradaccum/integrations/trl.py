@@ -1,9 +1,10 @@
-"""What TRL's SFTTrainer keeps besides the loss: metrics of each micro-batch, offloading, its head.
+"""What TRL's trainers keep besides the loss: metrics, offloading, SFT's head, KTO's baseline.
 
-Tested with trl 1.16. Its `compute_loss` appends the mean entropy and token accuracy of every
-micro-batch to `_metrics` and logs the mean of those means, so that a micro-batch of 10 tokens
-counts as much as one of 1,000. Here they are joined to what one pass over the effective batch
-gives. Dies when TRL weighs them itself.
+Tested with trl 1.16. Their `compute_loss` appends metrics to `_metrics` (in the experimental
+trainers `_stored_metrics`) for every micro-batch and logs the mean of those means, so that a
+micro-batch of 10 tokens counts as much as one of 1,000. Here they are weighed by what the loss is
+weighed by, which for SFT is what one pass over the effective batch gives. Dies when TRL weighs them
+itself.
 """
 
 import copy
@@ -13,49 +14,135 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import Trainer
+from trl import KTOTrainer, SFTTrainer
+from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer import utils
+from trl.trainer.utils import use_adapter
 
+from gradaccum.engine import Window
+from gradaccum.integrations.accumulation import Examples
 from gradaccum.integrations.hf import Attached, replaced
+from gradaccum.types import Micro
+
+BOOKS = ("_metrics", "_stored_metrics")
 
 
-class AttachedSFT(Attached):
-    """Add to `Attached` what SFTTrainer's own `training_step` and `compute_loss` keep."""
-
-    _metrics: dict[str, dict[str, list[float]]]
-    maybe_activation_offload_context: Any
+class AttachedTRL(Attached):
+    """Add to `Attached` what `training_step` and `compute_loss` of TRL's trainers keep."""
 
     def training_step(
         self, model: nn.Module, inputs: Any, num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        begin = {name: len(values) for name, values in self._metrics["train"].items()}
-        with self.maybe_activation_offload_context:
+        # Weight of each micro-batch run so far, and how many entries each metric had after it.
+        self._marks: list[tuple[float, dict[str, int]]] = [(0.0, self._lengths())]
+        with getattr(self, "maybe_activation_offload_context", nullcontext()):
             loss = super().training_step(model, inputs, num_items_in_batch)
-        self._join_metrics(begin)
+        self._join_metrics()
         return loss
+
+    def _after_micro(self, micro: Micro) -> None:
+        super()._after_micro(micro)
+        window = self.accumulation.window
+        if self.is_in_train and window is not None and window.weights is not None:
+            weight = sum(window.weights[window.micros.index(micro)].values())
+            self._marks.append((weight, self._lengths()))
+
+    def _books(self) -> dict[str, list[float]]:
+        return next(getattr(self, name) for name in BOOKS if name in vars(self))["train"]
+
+    def _lengths(self) -> dict[str, int]:
+        return {name: len(values) for name, values in self._books().items()}
+
+    def _join_metrics(self) -> None:
+        """Replace this window's entries of each metric by one: their weighted mean, least, most."""
+        for name, values in self._books().items():
+            begin = end = self._marks[0][1].get(name, 0)
+            own: list[tuple[float, float]] = []
+            for weight, lengths in self._marks[1:]:
+                own += [(value, weight) for value in values[end : lengths.get(name, 0)] if weight]
+                end = lengths.get(name, 0)
+            if name == "num_tokens" or len(own) < 2:  # a running total, not a mean
+                continue
+            if name.startswith(("min_", "max_")):
+                joined = (min if name.startswith("min_") else max)(value for value, _ in own)
+            else:
+                joined = sum(value * weight for value, weight in own) / sum(w for _, w in own)
+            values[begin:end] = [joined]
+
+    @contextmanager
+    def _aside(self, model: nn.Module, *, dropout: bool = False) -> Iterator[None]:
+        names = [name for name in (*BOOKS, "_total_train_tokens") if name in vars(self)]
+        kept = {name: copy.deepcopy(getattr(self, name)) for name in names}
+        try:
+            with super()._aside(model, dropout=dropout):
+                yield
+        finally:
+            vars(self).update(kept)
+
+
+class AttachedSFT(AttachedTRL):
+    """Let the head of `SFTTrainer` score only what is trained."""
 
     def _loss(self, model: nn.Module, inputs: Any, count: Tensor | None) -> Tensor:
         with _trained_positions_only(self.args.device):
             return super()._loss(model, inputs, count)
 
-    def _join_metrics(self, begin: dict[str, int]) -> None:
-        """Replace this window's entries of each metric by their mean, weighted by tokens."""
-        window = self.accumulation.window
-        assert window is not None and window.weights is not None, "a step has just run"
-        weights = [weight["loss"] for weight in window.weights if weight["loss"]]
-        for name, values in self._metrics["train"].items():
-            own = values[begin.get(name, 0) :]
-            if name != "num_tokens" and len(own) == len(weights) > 1:
-                pairs = zip(own, weights, strict=True)
-                values[begin.get(name, 0) :] = [sum(v * w for v, w in pairs) / sum(weights)]
 
-    @contextmanager
-    def _aside(self, model: nn.Module, *, dropout: bool = False) -> Iterator[None]:
-        metrics, num_tokens = copy.deepcopy(self._metrics), self._total_train_tokens
-        try:
-            with super()._aside(model, dropout=dropout):
-                yield
-        finally:
-            self._metrics, self._total_train_tokens = metrics, num_tokens
+class AttachedKTO(AttachedTRL, KTOTrainer):
+    """Take the baseline of KTO over the whole effective batch.
+
+    Its loss compares each row with an estimate of the KL divergence, a mean without gradient over
+    the rows of the batch, so that micro-batches would each have their own. It needs forwards of
+    other inputs than the loss; those of the whole window run first, and are not run again.
+    """
+
+    _baseline: Tensor | None = None  # None: TRL's own, of the batch at hand
+
+    def _prepare(self, model: nn.Module, given: Examples) -> Window:
+        self._baseline = torch.zeros((), device=self.args.device)  # any constant is measured alike
+        window = super()._prepare(model, given)
+        if self.calculate_KL:
+            self._baseline = None
+            found = [self._log_ratios(model, self._prepare_inputs(x)) for x in window.inputs]
+            self._baseline = torch.cat(found).mean()
+        return window
+
+    def _log_ratios(self, model: nn.Module, batch: Any) -> Tensor:
+        """Return log p / p_ref of the unrelated completions, shape (rows,)."""
+        policy: Any = super()._compute_kl_logps(model, batch)
+        if self.precompute_ref_logps:
+            return policy - batch["ref_KL_logps"]
+        checkpointing: Any = self.args.gradient_checkpointing_kwargs
+        own: Any = self.accelerator.unwrap_model(self.model)
+        adapter, reference = nullcontext(), self.ref_model
+        if reference is None:
+            reference = self.model
+            adapter = use_adapter(own, adapter_name="ref" if "ref" in own.peft_config else None)
+        with disable_gradient_checkpointing(own, checkpointing), adapter:
+            return policy - super()._compute_kl_logps(reference, batch)
+
+    def _compute_kl_logps(self, model: nn.Module, batch: Any) -> Tensor | None:
+        if self._baseline is None or not self.calculate_KL:
+            return super()._compute_kl_logps(model, batch)
+        # Asked of the policy first and then of the reference, whose difference is taken.
+        self._of_policy = not getattr(self, "_of_policy", False) or self.precompute_ref_logps
+        known = (
+            batch["ref_KL_logps"] if self.precompute_ref_logps else torch.zeros(len(batch["label"]))
+        )
+        return known.to(self._baseline) + (self._baseline if self._of_policy else 0.0)
+
+    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
+        self._baseline = None
+        return super().prediction_step(*args, **kwargs)
+
+
+def mixin(trainer: Trainer) -> type[Attached]:
+    """Return what is to be mixed into a trainer of TRL; `Attached` where nothing more is needed."""
+    for own, found in ((SFTTrainer, AttachedSFT), (KTOTrainer, AttachedKTO)):
+        if isinstance(trainer, own):
+            return found
+    return AttachedTRL if any(name in vars(trainer) for name in BOOKS) else Attached
 
 
 def _trained_positions_only(device: torch.device) -> AbstractContextManager[None]:

@@ -1,0 +1,253 @@
+"""Run one step of a transformers Trainer for an audit, stopped before its optimizer steps.
+
+Tested with transformers 5.23. The trainer's own `train()` runs on a shallow copy, with copies of
+its arguments, metrics and accelerator, without its callbacks, and on the given examples in their
+order. The copy stops where the gradients are complete, so nothing is stepped, logged or saved.
+"""
+
+import copy
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import GradientState
+from torch import Tensor, nn
+from torch.utils.data import SequentialSampler
+from transformers import Trainer, TrainerCallback, TrainerControl
+from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
+
+from gradaccum.audit import SUM_OF_MEANS, Subject, chunks
+from gradaccum.errors import BadInput
+from gradaccum.integrations.accumulation import SameBatch
+from gradaccum.integrations.hf import Attached
+from gradaccum.restore import gradients_aside, without_dropout_masks
+from gradaccum.state import undisturbed
+from gradaccum.types import Budget
+from gradaccum.weights import Cut
+
+NUM_EXAMPLES = 8
+OWN, MODELS = "its own full batch", "the model's own loss of the full batch"
+Step = Callable[..., Any]  # (trainer, model, inputs, count) -> loss
+
+
+class _Complete(Exception):
+    """Stop `train()` where the gradients of its first step are complete."""
+
+
+class _Stop(TrainerCallback):
+    """Stop before the optimizer steps, after what the trainer does to the gradients."""
+
+    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        raise _Complete
+
+
+@contextmanager
+def trainer_subject(trainer: Trainer, examples: Sequence[Any] | None) -> Iterator[Subject]:
+    """Yield a trainer as something that can be audited; on leaving it is as it was.
+
+    Args:
+        trainer: Attached or not.
+        examples: As its data set yields them; None: the first eight of its data.
+
+    Raises:
+        BadInput: The trainer runs on several processes or devices, or has no examples.
+    """
+    args, model = trainer.args, trainer.model
+    if args.world_size > 1 or args.n_gpu > 1:
+        raise BadInput(
+            f"a trainer is verified on one process and one device, and this one uses "
+            f"{max(args.world_size, args.n_gpu)}",
+            hint="make one device visible with CUDA_VISIBLE_DEVICES=0",
+        )
+    assert isinstance(model, nn.Module), "a trainer has a model"
+    chosen = _first(trainer) if examples is None else examples
+    if not isinstance(chosen, (list, tuple)) or not chosen:
+        raise BadInput(f"a trainer is verified on a list of examples, not {type(chosen).__name__}")
+    is_attached, is_models = isinstance(trainer, Attached), _is_models_loss(trainer)
+    with _undisturbed_beside(model):
+        yield Subject(
+            name=f"{'attached ' * is_attached}{type(trainer).__name__} of {_loss_name(trainer)}",
+            model=model,
+            num_examples=len(chosen),
+            run=lambda cut: _train(trainer, chosen, cut),
+            full=lambda rows: _one_pass(trainer, chosen, rows),
+            reference=lambda: MODELS if is_models else OWN,
+            take=lambda rows: trainer.data_collator([chosen[i] for i in rows]),
+            is_own=not is_models and not is_attached,
+            undivided=_undivided(trainer, chosen),
+            remedy="trainer = gradaccum.attach(trainer)",
+        )
+
+
+def _first(trainer: Trainer) -> list[Any]:
+    if trainer.train_dataset is None:
+        raise BadInput("the trainer has no train_dataset", hint="pass a list of examples as batch")
+    rows = iter(trainer.train_dataset)
+    return [row for row, _ in zip(rows, range(NUM_EXAMPLES), strict=False)]
+
+
+def _train(
+    trainer: Trainer, examples: Sequence[Any], cut: Cut, *, step: Step | None = None
+) -> None:
+    """Run one step of training on the rows of the cut, in their order.
+
+    Args:
+        trainer: Is not run itself, but a copy.
+        examples: All examples.
+        cut: Those of each micro-batch.
+        step: Runs one micro-batch, instead of the trainer's own `training_step`; then a trainer
+            that is attached runs as if it were not.
+    """
+    sizes = tuple(map(len, cut))
+    if sizes != chunks(sum(sizes), sizes[0]):
+        raise BadInput(
+            f"a Trainer cannot make micro-batches of {sizes} rows",
+            hint="all of one size, but for a smaller last one",
+        )
+    twin = _twin(trainer, [examples[i] for rows in cut for i in rows], sizes)
+    if isinstance(twin, Attached) and step is None:
+        _recut(twin, sizes)
+    if step is not None:
+        twin.__class__ = _own_class(trainer)
+        twin.training_step = functools.partial(step, twin)
+    try:
+        twin.train()
+    except _Complete:
+        return
+    raise BadInput(f"{type(trainer).__name__} made no optimizer step on {len(examples)} examples")
+
+
+def _one_pass(trainer: Trainer, examples: Sequence[Any], rows: Sequence[int]) -> None:
+    """Leave the gradient of the full batch: of the loss without a count where that is a mean."""
+
+    def with_count(twin: Any, *args: Any) -> Tensor:
+        return type(twin).training_step(twin, *args)
+
+    def without_count(twin: Any, model: nn.Module, inputs: Any, *_: Any) -> Tensor:
+        return type(twin).training_step(twin, model, inputs, None)
+
+    step = without_count if _is_models_loss(trainer) else with_count
+    _train(trainer, examples, (tuple(rows),), step=step)
+
+
+def _twin(trainer: Trainer, rows: list[Any], sizes: tuple[int, ...]) -> Any:
+    """Return a copy of the trainer that shares only the model, the collator and its code."""
+    twin: Any = copy.copy(trainer)
+    for name, value in vars(trainer).items():
+        if isinstance(value, (dict, list)):
+            setattr(twin, name, _copied(value))
+    args = twin.args = copy.copy(trainer.args)
+    args.max_steps, args.max_grad_norm, args.eval_on_start = 1, 0.0, False
+    args.dataloader_num_workers, args.dataloader_drop_last = 0, False
+    args.ignore_data_skip, args.include_num_input_tokens_seen = True, "no"
+    args.push_to_hub = args.dataloader_persistent_workers = False
+    args.dataloader_prefetch_factor = None
+    args.per_device_train_batch_size = twin._train_batch_size = sizes[0]
+    args.gradient_accumulation_steps = len(sizes)
+    twin.accelerator = _own_accelerator(trainer.accelerator)
+    twin.model_init = twin.neftune_noise_alpha = None
+    twin.optimizer = twin.lr_scheduler = None
+    twin.control = TrainerControl()
+    callbacks = [DefaultFlowCallback(), _Stop(), *[SameBatch()] * isinstance(trainer, Attached)]
+    twin.callback_handler = CallbackHandler(
+        callbacks, trainer.model, trainer.processing_class, None, None
+    )
+    twin.train_dataset = rows
+    twin._get_train_sampler = lambda dataset=None: SequentialSampler(rows)
+    return twin
+
+
+def _own_accelerator(accelerator: Accelerator) -> Accelerator:
+    """Return a copy that keeps what it prepares to itself, and does not collect garbage."""
+    own: Any = copy.copy(accelerator)
+    own._models, own._optimizers, own._schedulers, own._dataloaders = [], [], [], []
+    own.free_memory = lambda *objects: objects
+    return own
+
+
+def _recut(twin: Any, sizes: tuple[int, ...]) -> None:
+    """Let an attached trainer take all rows as one step, in micro-batches of this size."""
+    own = twin.accumulation = copy.copy(twin.accumulation)
+    own.begin()
+    own.effective_batch_size = sum(sizes)
+    own.cut = dataclasses.replace(own.cut, budget=Budget(examples=sizes[0]))
+    twin.args.per_device_train_batch_size = twin._train_batch_size = sum(sizes)
+    twin.args.gradient_accumulation_steps = 1
+
+
+def _own_class(trainer: Trainer) -> type:
+    """Return the class of a trainer before it was attached."""
+    own = type(trainer)
+    return own.__bases__[1] if issubclass(own, Attached) else own
+
+
+def _copied(value: Any) -> Any:
+    """Copy nested dicts and lists, such as metrics, but not what they hold."""
+    if isinstance(value, dict):
+        found = copy.copy(value)
+        found.update({key: _copied(item) for key, item in value.items()})
+        return found
+    return [_copied(item) for item in value] if type(value) is list else value
+
+
+def _is_models_loss(trainer: Trainer) -> bool:
+    """Tell whether the loss is the model's, or at least a framework's, and so has its own mean."""
+    module = getattr(trainer.compute_loss, "__module__", "")
+    return trainer.compute_loss_func is None and module.startswith(("transformers.", "trl."))
+
+
+def _loss_name(trainer: Trainer) -> str:
+    return type(trainer.accelerator.unwrap_model(trainer.model)).__name__
+
+
+def _undivided(trainer: Trainer, examples: Sequence[Any]) -> str:
+    """Say why the trainer does not divide, if it turns out that it does not."""
+    if not _is_models_loss(trainer):
+        return "its own loss is a mean, and the Trainer takes it for divided already"
+    if not trainer.model_accepts_loss_kwargs or not _ignores_count(trainer, examples):
+        return SUM_OF_MEANS
+    return (
+        f"`{_loss_name(trainer)}` returns a mean over rows and ignores `num_items_in_batch`, so "
+        "the Trainer does not divide"
+    )
+
+
+def _ignores_count(trainer: Trainer, examples: Sequence[Any]) -> bool:
+    """Tell whether the loss of one example is the same for a count of 1 and of 2."""
+    model, losses = trainer.model, []
+    assert isinstance(model, nn.Module), "a trainer has a model"
+
+    def step(twin: Any, model: nn.Module, inputs: Any, *_: Any) -> None:
+        for count in (1, 2):
+            given = torch.tensor(count, device=twin.args.device)
+            with torch.no_grad(), twin.compute_loss_context_manager():
+                inputs = twin._prepare_inputs(copy.copy(inputs))
+                losses.append(
+                    twin.compute_loss(model, copy.copy(inputs), num_items_in_batch=given).item()
+                )
+        raise _Complete
+
+    parameters = list(model.parameters())
+    with gradients_aside(parameters), without_dropout_masks(model), undisturbed(model):
+        _train(trainer, examples, ((0,),), step=step)
+    return losses[0] == losses[1]
+
+
+@contextmanager
+def _undisturbed_beside(model: nn.Module) -> Iterator[None]:
+    """Put back what `undisturbed` leaves: attributes that are new, and accelerate's own state."""
+    keys = {module: set(vars(module)) for module in model.modules()}
+    state = GradientState()
+    references, syncs = state.dataloader_references, state.sync_gradients
+    try:
+        yield
+    finally:
+        state.dataloader_references = references
+        state._set_sync_gradients(syncs)
+        for module, before in keys.items():
+            for key in set(vars(module)) - before:
+                del vars(module)[key]
