@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from gradaccum.batch import HostBatch, Listed
-from gradaccum.counters import counts, describe
+from gradaccum.counters import ROWS, counts, describe
 from gradaccum.errors import BadInput, NotDecomposable
 from gradaccum.objective import Number, length
 from gradaccum.reductions import Routing, Seen, Terms, attention_mask, routing, watching
@@ -114,15 +114,20 @@ class Probe:
             BadInput: The loss is not finite.
         """
         union = self.unions[0]
-        if not (self._is_labelled(union) or self._value(union, None)):  # 0 or 0 / 0
+        if not self._is_labelled(union) and not abs(self._value(union, None)) > 0:  # 0 or 0 / 0
             return None
-        counted = self.counted = self._is_counted()
-        found = self._fit(Contract(counted, ()))
-        if found is not None:
-            return self._told_apart(found)
-        seen = self._see(self.unions[0])
-        route = routing(seen, attention_mask(self._inputs(self.unions[0])))
-        for routed, split in itertools.product({route, None}, (False, True)):
+        self.counted = self._is_counted()
+        given = [self.counted]
+        if self.counted and SUM in self._fitting(Contract(True, ()), 1.0, minus=HUGE):
+            given.append(False)  # a sum, but of several means that a count replaces
+        for counted in given:
+            if (found := self._fit(Contract(counted, ()))) is not None:
+                return self._told_apart(found)
+        seen = self._see(union)
+        route = routing(seen, attention_mask(self._inputs(union)))
+        for counted, routed, split in itertools.product(
+            given, dict.fromkeys((route, None)), (False, True)
+        ):
             if (routed is not None or split) and not (split and not seen.means):
                 found = self._fit(Contract(counted, (), routing=routed, split=split))
                 if found is not None:
@@ -171,24 +176,21 @@ class Probe:
         return True
 
     def _divisors(self) -> tuple[str, ...]:
-        """Return the counters that a loss divides by which honours a count and is given none."""
+        """Return the counters that a loss divides by which honours a count and is given none.
+
+        Several means over different things, which a count would all replace, have none.
+        """
         if self.own_count is not None:
             return (OWN,)
         fitting: list[str] = []
-        divisor = 0.0
         for key in (self.unions[0], (0,), (1,)):
             rest = self._value(key, HUGE)
-            mean = self._value(key, None) - rest
-            divisor = (self._value(key, 1.0) - rest) / mean if mean else 0.0
+            total, mean = self._value(key, 1.0) - rest, self._value(key, None) - rest
             found = counts(self._inputs(key), self._num(key))
-            near = [n for n, count in found.items() if abs(count - divisor) <= 1e-4 * divisor]
+            near = [
+                n for n, count in found.items() if abs(total - count * mean) <= 1e-4 * abs(total)
+            ]
             fitting = near if key == self.unions[0] else [n for n in fitting if n in near]
-            if not fitting:
-                tried = sorted({f"{count:.0f} {describe(n)}" for n, count in found.items()})
-                raise NotDecomposable(
-                    f"{self.name} divides by {divisor:.6g} and not by a known count of its "
-                    f"{self._num(key)} examples ({', '.join(tried[:6])})"
-                )
         return tuple(fitting)
 
     # -- which weights add up
@@ -205,7 +207,8 @@ class Probe:
             extra = next(iter(self._fitting(tried, HUGE)), None)
             if extra is None:
                 return None
-        return replace(tried, counters=self._divisors(), extra=extra)
+        names = self._divisors()
+        return replace(tried, counters=names, extra=extra) if names else None
 
     def _has_extra(self, tried: Contract) -> bool:
         """Tell whether something is left with a huge count, beside the terms that are known."""
@@ -225,6 +228,8 @@ class Probe:
             parts = [self._gradients(tried, terms, key, count, minus) for key in keys]
             whole, _ = self._gradients(None, None, union, count, minus)
             shares = self._shares(keys)
+            if terms is not None and _is_nothing([rest for rest, _ in parts], whole):
+                shares = {ROWS: shares[ROWS]}  # no matter how it is weighed
             fits = fit(
                 [rest for rest, _ in parts],
                 whole - sum(share for _, share in parts),
@@ -292,7 +297,7 @@ class Probe:
         self.num_rows += self._num(key)
         with torch.no_grad():
             value = self.loss(self.model, self._inputs(key), count).item()
-        return 0.0 if math.isnan(value) and not self._is_labelled(key) else value
+        return 0.0 if math.isnan(value) and len(key) == 1 else value  # 0 / 0 adds nothing
 
     def _see(self, key: tuple[int, ...]) -> Seen:
         self.num_rows += self._num(key)
@@ -344,7 +349,7 @@ class Probe:
         if loss.requires_grad:
             loss.backward(retain_graph=keep)
         value = loss.detach().double().cpu().reshape(1)
-        found = [value if self._is_labelled(key) else value.nan_to_num()]  # 0 / 0 adds nothing
+        found = [value.nan_to_num() if len(key) == 1 else value]  # 0 / 0 adds nothing
         for p in self.model.parameters():
             if p.requires_grad:
                 step = p.numel() // SAMPLE | 1  # odd, so as not to stay in one column
@@ -369,7 +374,9 @@ class Probe:
         if minus is not None:
             off = max(off, ((whole - sum(parts)).norm() / whole.norm()).item())
         num, apart = self._num(union), " and ".join(str(self._num(key)) for key in keys)
-        if any(mean.classes == num for mean in seen.means):
+        alone = [mean.classes for mean in self._see(keys[-1]).means]
+        told = [mean.classes == num for mean in seen.means]
+        if any(t and a == self._num(keys[-1]) for t, a in zip(told, alone, strict=False)):
             cause = f"each row is told from the other {num - 1} (in-batch negatives)"
         elif seen.router_loss is not None:
             cause = "it has a router's load-balancing loss, a product of means over the batch"
@@ -378,7 +385,7 @@ class Probe:
         else:
             cause = (
                 "its rows depend on each other (in-batch negatives, batch statistics, a router "
-                "loss, or padding that changes the other rows)"
+                "loss, padding that changes the other rows), or it adds means over different counts"
             )
         return NotDecomposable(
             f"the gradient of {what} for {num} rows together is no known weighting of those of "
@@ -386,6 +393,15 @@ class Probe:
             hint="pass compute_loss_func= to the trainer, a sum divided by num_items_in_batch; or "
             "use gradaccum.Accumulator with an Objective; or a budget that holds the whole batch",
         )
+
+
+def _is_nothing(parts: list[Tensor], whole: Tensor) -> bool:
+    """Tell whether values and gradients are rounding beside those of the whole."""
+    eps = torch.finfo(torch.float32).eps
+    return all(
+        part[0].abs() <= eps * whole[0].abs() and part[1:].norm() <= eps * whole[1:].norm()
+        for part in parts
+    )
 
 
 def best_weights(parts: list[Tensor], target: Tensor) -> tuple[list[float], float]:
@@ -475,5 +491,6 @@ def _labels(found: Mapping[str, float]) -> list[float]:
     return [
         n
         for name, n in found.items()
-        if name.startswith(("trained", "shifted")) and "label" in name
+        if ("label" in name and name.startswith(("trained:", "shifted:")))
+        or name.startswith("in_range:")
     ]

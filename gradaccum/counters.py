@@ -62,6 +62,10 @@ KINDS: dict[str, tuple[str, Callable[[Any, Mapping[str, Any]], Any]]] = {
         "values in {} that are not 255",
         lambda x, _: (x != 255).sum() if _is_ids(x) and x.ndim > 2 else None,
     ),
+    "in_range": (
+        "rows whose value in {} is a position of their inputs",
+        lambda x, inputs: _in_range(x, inputs),
+    ),
     "finite": (
         "values in {} that are not nan",
         lambda x, _: (
@@ -76,12 +80,12 @@ KINDS: dict[str, tuple[str, Callable[[Any, Mapping[str, Any]], Any]]] = {
 }
 
 
-# Counts of labels, which are not tried on what is known to be none.
-LABELS = ("shifted", "trained", "labelled", "attended", "shifted_attended", "not_negative")
+INPUTS = ("input_ids", "token_type_ids", "position_ids")  # count nothing that a loss is taken over
 
 
-def _is_input(key: str) -> bool:
-    return key.endswith(("_ids", "_mask")) and "label" not in key
+def _is_tried(kind: str, key: str) -> bool:
+    """Tell whether to try a counter: on a mask only what is not masked."""
+    return key not in INPUTS and (kind == "nonzero" or not key.endswith("attention_mask"))
 
 
 def counts(inputs: Any, num_rows: int, names: Collection[str] | None = None) -> dict[str, float]:
@@ -97,7 +101,7 @@ def counts(inputs: Any, num_rows: int, names: Collection[str] | None = None) -> 
     for kind, (_, counter) in KINDS.items():
         for key in sorted(given, key=lambda key: "label" not in key):
             name = f"{kind}:{key}"
-            if name in names if names is not None else not (kind in LABELS and _is_input(key)):
+            if name in names if names is not None else _is_tried(kind, key):
                 value = counter(given[key], given)
                 if value is not None:
                     found[name] = float(value)
@@ -127,6 +131,14 @@ def _attended(labels: Any, inputs: Mapping[str, Any], begin: int) -> Tensor | No
         return None
     trained = (labels != IGNORE_INDEX) & (mask != 0).to(labels.device)
     return trained[..., begin:].sum() if labels.ndim > begin else None
+
+
+def _in_range(positions: Any, inputs: Mapping[str, Any]) -> Tensor | None:
+    """Count answers inside of the inputs: question answering ignores those that are cut off."""
+    ids = inputs.get("input_ids")
+    if not _is_ids(positions) or positions.ndim != 1 or not isinstance(ids, Tensor) or ids.ndim < 2:
+        return None
+    return ((positions >= 0) & (positions < ids.shape[1])).sum()
 
 
 def _num_listed(example: Any) -> int:

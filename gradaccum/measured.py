@@ -105,7 +105,7 @@ class Measured:
             raise NotDecomposable("forwards of a few rows would change the model")
         contract = self.contract or self._measure(model, host)
         if contract is not None and self._differ(contract, micros, inputs):
-            contract = self._measure(model, host)
+            contract = self._measure(model, host, tried=32)
             if contract is not None and self._differ(contract, micros, inputs):
                 listed = ", or over ".join(map(describe, contract.counters))
                 raise NotDecomposable(
@@ -142,8 +142,8 @@ class Measured:
             return None
         return self._counts(inputs, num_rows, known.counters).get(known.counters[0])
 
-    def _measure(self, model: nn.Module, host: HostBatch) -> Contract | None:
-        with self._probing(model, host) as probe:
+    def _measure(self, model: nn.Module, host: HostBatch, *, tried: int = 8) -> Contract | None:
+        with self._probing(model, host, tried=tried) as probe:
             return probe.contract()
 
     @contextmanager
