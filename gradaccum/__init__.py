@@ -8,6 +8,7 @@
         optimizer.zero_grad()
 
     trainer = gradaccum.attach(trainer)  # any transformers Trainer
+    print(gradaccum.verify(loop, model, batch))  # anybody's loop against the full batch
 
 This module only re-exports; importing it needs torch alone and starts nothing.
 """
@@ -18,6 +19,7 @@ from gradaccum import errors
 from gradaccum.engine import Accumulator
 from gradaccum.objective import Objective, causal_lm, from_mean
 from gradaccum.types import Budget, Step
+from gradaccum.verify import verify
 
 if TYPE_CHECKING:
     from gradaccum.integrations.hf import attach
@@ -31,6 +33,7 @@ __all__ = [
     "causal_lm",
     "errors",
     "from_mean",
+    "verify",
 ]
 __version__ = "0.1.0"
 

@@ -60,6 +60,11 @@ class Contract:
     routing: Routing | None = None
     split: bool = False
 
+    @property
+    def first(self) -> str:
+        """Return the contract with the counter that is used, of those that are not told apart."""
+        return str(replace(self, counters=self.counters[:1]))
+
     def __str__(self) -> str:
         over = " or ".join(map(describe, self.counters))
         if self.counted:

@@ -46,8 +46,8 @@ class Measured:
         takes_count: Whether it is given a count at all.
         own_count: Counts what the loss is to be divided by, where that is not the loss's choice.
         aside: Keeps what runs inside out of the training.
-        is_low: The loss is computed in 16 bits or in TF32, so that rows alone and in a batch
-            differ by rounding, whatever the dtype of the parameters.
+        is_low: The loss is computed in less than its parameters' dtype says (TF32), so that rows
+            alone and in a batch differ by rounding. Autocast is noticed.
     """
 
     def __init__(
@@ -163,7 +163,8 @@ class Measured:
                     self._precision(model),
                     tried,
                 )
-                yield probe
+                with _noticing_autocast(model, probe):
+                    yield probe
                 self.num_rows += probe.num_rows
         finally:
             for p, grad in gradients:
@@ -306,6 +307,23 @@ def _resolved(losses: Sequence[Loss], weights: Sequence[float], unit: str) -> Re
 
 def _unit(name: str) -> str:
     return "trained tokens" if name.startswith(("shifted", "trained", OWN)) else describe(name)
+
+
+@contextmanager
+def _noticing_autocast(model: nn.Module, probe: Probe) -> Iterator[None]:
+    """Lower the precision of a probe as soon as a module runs under autocast."""
+
+    def note(module: nn.Module, args: Any) -> None:
+        if torch.is_autocast_enabled(kind):
+            probe.precision = "low"
+
+    kind = next(model.parameters()).device.type
+    handles = [module.register_forward_pre_hook(note) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _observed(model: nn.Module) -> bool:

@@ -1,53 +1,160 @@
-"""Compare the gradients that two ways of running the same batch leave behind."""
+"""Judge anybody's accumulation: a loop, an Accumulator or a Trainer, against the full batch.
 
-from collections.abc import Callable, Iterable
+The audit itself is in `audit.py`, the names of what is wrong in `diagnosis.py`.
+"""
+
+import importlib
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from gradaccum.state import undisturbed
+from gradaccum.audit import Subject, audit
+from gradaccum.batch import Collate, Collated, HostBatch, Listed, as_batch
+from gradaccum.engine import Accumulator
+from gradaccum.errors import BadInput
+from gradaccum.objective import Objective
+from gradaccum.trees import to_device
+from gradaccum.types import Budget
+from gradaccum.verdict import Verdict
+from gradaccum.weights import Cut
+
+Loop = Callable[[nn.Module, list[Any]], object]
 
 
-def gradients(model: nn.Module, run: Callable[[], object]) -> list[Tensor]:
-    """Return what `run` leaves in `.grad`, one float64 tensor on the CPU for each parameter.
+def verify(
+    loop: Loop | Accumulator | Any,
+    model: nn.Module | None = None,
+    batch: Any = None,
+    *,
+    splits: Iterable[Sequence[int]] | None = None,
+    objective: Objective | None = None,
+    collate: Collate | None = None,
+) -> Verdict:
+    """Tell whether an accumulation loop leaves the gradient of the full batch, and why not.
 
-    The model, its buffers and the random state are as before afterwards, and the gradients are
-    cleared. No gradient counts as zero.
+    For every split g is what the loop leaves for these micro-batches, f the gradient of one pass:
+
+        error = ||g - f|| / ||f||,   exact where error <= 20 x what rounding alone causes
+
+    Rounding is measured: f again with its rows in opposite order, and what storing f in the dtype
+    of the parameters costs. Where an error is larger, it is named.
+
+    Everything is as before afterwards: weights, optimizers, schedulers, gradients, buffers, modes,
+    random state. A correct loop costs five passes over the batch (two full ones, one for each of
+    three splits), a wrong one up to three more; memory on the host for a copy of the weights, one
+    of the state of an optimizer that steps, and three gradients in float64. Dropout is off inside.
 
     Args:
-        model: In a mode without dropout, its gradients cleared.
-        run: Leaves gradients, such as an accumulated step or one pass over the full batch.
+        loop: A callable `loop(model, micro_batches)` that runs one effective batch, given as a list
+            of collated micro-batches on the model's device, and leaves gradients in `.grad` or
+            steps an optimizer (then the gradients are those before the first step). Or an
+            `Accumulator`, or a `transformers.Trainer`, attached or not, which runs one step of its
+            own training.
+        model: Holds the gradients; not needed for an Accumulator or a Trainer.
+        batch: A list of examples or a collated batch; for a Trainer by default the first eight
+            examples of its data.
+        splits: Sizes of micro-batches; by default one at a time, pairs, and a short last one.
+        objective: The reference is our own engine with this objective, on the full batch or, where
+            that does not fit, on one example at a time. By default it is the loop's own result for
+            the batch as one micro-batch, for a Trainer the loss without `num_items_in_batch`.
+        collate: Turns a list of examples into a micro-batch; `pad_collate` if not given.
+
+    Raises:
+        BadInput: An argument is missing or wrong, or the full batch has no gradient.
+
+    Example:
+        >>> def mean_of_means(model, micro_batches):
+        ...     for x, y in micro_batches:
+        ...         loss = (model(x) - y).square().mean()
+        ...         (loss / len(micro_batches)).backward()
+        >>> model = nn.Linear(3, 1)
+        >>> batch = (torch.arange(15.0).reshape(5, 3), torch.ones(5, 1))
+        >>> verify(mean_of_means, model, batch, splits=[(4, 1)]).names
+        ('mean of means',)
     """
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    with undisturbed(model):
-        run()
-    found = [(torch.zeros_like(p) if p.grad is None else p.grad).cpu().double() for p in parameters]
-    for p in parameters:
-        p.grad = None
-    return found
+    if (trainers := sys.modules.get("transformers")) and isinstance(loop, trainers.Trainer):
+        # Imported where a Trainer is given: nothing here needs transformers.
+        trainer_subject = importlib.import_module("gradaccum.integrations.audit").trainer_subject
+        if model is not None or objective is not None or collate is not None:
+            raise BadInput("a Trainer brings its own model, loss and collator")
+        with trainer_subject(loop, batch) as subject:
+            return audit(subject, splits)
+    if isinstance(loop, Accumulator):
+        model, collate = model or loop.model, collate or loop._collate
+    if not callable(loop) and not isinstance(loop, Accumulator):
+        raise BadInput(f"verify takes a loop or a Trainer, not {type(loop).__name__}")
+    if not isinstance(model, nn.Module) or batch is None:
+        raise BadInput("verify needs a model and a batch", hint="verify(loop, model, batch)")
+    trim = isinstance(loop, Accumulator) and loop.objective.trim
+    return audit(_subject(loop, model, as_batch(batch, collate, trim=trim), objective), splits)
 
 
-def relative_error(found: list[Tensor], expected: list[Tensor]) -> float:
-    """Return ||found - expected|| / ||expected|| over all tensors."""
-    difference = _norm(a - b for a, b in zip(found, expected, strict=True))
-    norm = _norm(expected)
-    return difference / norm if norm else float(difference > 0)
+def _subject(
+    loop: Loop | Accumulator, model: nn.Module, host: HostBatch, objective: Objective | None
+) -> Subject:
+    if isinstance(host, Listed):
+        host = host.settled(range(len(host)))
+    device = next(model.parameters(), torch.empty(0)).device
+    engine = None if objective is None else Engine(model, objective, host)
 
+    def take(rows: Sequence[int]) -> Any:
+        return to_device(host.take(rows), device)
 
-def rounding(model: nn.Module, gradients: list[Tensor]) -> float:
-    """Return the relative error that storing these gradients in the parameters' dtype causes.
+    def run(cut: Cut) -> None:
+        if isinstance(loop, Accumulator):
+            _accumulate(loop, host, [i for rows in cut for i in rows], len(cut[0]))
+        else:
+            loop(model, [take(rows) for rows in cut])
 
-    A number between 2^e and 2^(e+1) is off by up to half of 2^e eps, by 1/sqrt(12) of it in the
-    root mean square; two that are rounded apart differ by sqrt(2) of that. Dominates in 16 bits.
-    """
-    dtypes = [p.dtype for p in model.parameters() if p.requires_grad]
-    steps = (
-        torch.where(g == 0, 0.0, torch.exp2(g.abs().log2().floor())) * torch.finfo(dtype).eps
-        for g, dtype in zip(gradients, dtypes, strict=True)
+    def own(rows: Sequence[int]) -> None:
+        run((tuple(rows),))
+
+    return Subject(
+        name=getattr(loop, "__qualname__", type(loop).__name__).rpartition(".")[2],
+        model=model,
+        num_examples=len(host),
+        run=run,
+        full=engine or own,
+        reference=lambda: "its own full batch" if engine is None else str(engine),
+        take=host.take,
+        is_own=engine is None,
     )
-    norm = _norm(gradients)
-    return _norm(steps) / norm / 6**0.5 if norm else 0.0
 
 
-def _norm(tensors: Iterable[Tensor]) -> float:
-    return sum(t.square().sum().item() for t in tensors) ** 0.5
+class Engine:
+    """Run rows through our own engine: in one pass, or one by one where they do not fit."""
+
+    def __init__(self, model: nn.Module, objective: Objective, host: HostBatch) -> None:
+        self._accumulator = Accumulator(model, objective, budget=Budget(examples=1))
+        self._host = host
+        self._fits = True
+
+    def __call__(self, rows: Sequence[int]) -> None:
+        if self._fits:
+            try:
+                return _accumulate(self._accumulator, self._host, rows, len(rows))
+            except torch.OutOfMemoryError:
+                self._fits = False
+        # Outside of the except block, whose traceback keeps every activation alive.
+        return _accumulate(self._accumulator, self._host, rows, 1)
+
+    def __str__(self) -> str:
+        how = "in one pass" if self._fits else "one example at a time, as the batch does not fit"
+        return f"gradaccum's engine {how}"
+
+
+def _accumulate(accumulator: Accumulator, host: HostBatch, rows: Sequence[int], size: int) -> None:
+    """Run some rows in micro-batches of `size` rows, whatever the budget is otherwise."""
+    budget = accumulator.budget
+    if isinstance(host, Listed):
+        chosen: HostBatch = host.settled(rows)
+    else:
+        chosen = Collated(host.take(rows), trim=accumulator.objective.trim)
+    try:
+        accumulator.budget = Budget(examples=size)
+        accumulator.backward(chosen)
+    finally:
+        accumulator.budget = budget

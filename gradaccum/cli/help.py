@@ -8,8 +8,10 @@ usage: gradaccum COMMAND [flags]
 commands:
   train     fine-tune a language model at a stated effective batch size; without flags it runs
             a small embedded example in under three minutes
+  verify    tell whether a loop or a trainer accumulates exactly, and if not, why
 
   gradaccum train --help      what train takes
+  gradaccum verify --help     what verify takes
   gradaccum --version         the version
 """
 
@@ -62,4 +64,36 @@ output directory. Ctrl-C or SIGTERM saves a checkpoint and stops; a second one s
 
 exit codes: 0 done, 1 the loss is not finite or has no exact accumulation, 2 wrong flags or data,
             128 + N stopped by signal N
+"""
+
+VERIFY = """\
+usage: gradaccum verify [flags of train] [--stock] [--json]
+       gradaccum verify MODULE:FUNCTION [--json]
+
+Tell whether gradient accumulation leaves the gradient of the full batch. One effective batch of up
+to eight examples runs in several cuts (one at a time, pairs, a short last one) and once in one
+pass; the difference is judged by what rounding alone causes, which is measured too. What is wrong
+is named, with the figure and the remedy. Nothing is trained, and everything is left as it was.
+
+  gradaccum verify                                    our accumulation, on the embedded example
+  gradaccum verify --stock                            TRL's SFTTrainer as it is, on the same
+  gradaccum verify --model_name_or_path ./model --dataset_name pairs.jsonl --stock
+  gradaccum verify my_project.training:audited        any loop, any Trainer
+
+FUNCTION returns (loop, model, batch):
+  loop    loop(model, micro_batches) runs one effective batch, given as a list of micro-batches, and
+          leaves gradients in .grad or steps an optimizer; or a transformers.Trainer
+  model   the torch module; None for a Trainer
+  batch   a list of examples or a collated batch; for a Trainer None for the first of its data
+
+  def audited():
+      return my_loop, model, {"x": x, "y": y}
+
+  --stock   the trainer of the flags without gradaccum's accumulation
+  --json    the verdict as JSON
+
+The verdict goes to stdout, progress to stderr. A correct loop costs five passes over the batch, a
+wrong one up to eight. In a test suite: gradaccum.testing.assert_exact(loop, model, batch).
+
+exit codes: 0 exact, 1 not exact, 2 wrong flags, function or data
 """

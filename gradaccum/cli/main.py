@@ -8,7 +8,7 @@ import signal
 import sys
 
 import gradaccum
-from gradaccum.cli.help import TRAIN, USAGE
+from gradaccum.cli.help import TRAIN, USAGE, VERIFY
 from gradaccum.errors import BadInput, GradaccumError, MissingExtra
 
 
@@ -22,12 +22,16 @@ def main(argv: list[str] | None = None) -> int:
         print(f"gradaccum {gradaccum.__version__}")
         return 0
     try:
-        if words[0] != "train":
+        commands = {"train": (TRAIN, _train), "verify": (VERIFY, _verify)}
+        if words[0] not in commands:
             raise BadInput(f"there is no command {words[0]!r}", hint="gradaccum --help")
+        text, run = commands[words[0]]
         if "-h" in words or "--help" in words:
-            print(TRAIN, end="")
+            print(text, end="")
             return 0
-        return _train(words[1:])
+        # At its import it warns of a kernel that only inference would use.
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+        return run(words[1:])
     except GradaccumError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, (BadInput, MissingExtra)) else 1
@@ -37,8 +41,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _train(words: list[str]) -> int:
-    # At its import it warns of a kernel that only inference would use.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         from gradaccum.cli import train
     except ModuleNotFoundError as error:
@@ -47,3 +49,9 @@ def _train(words: list[str]) -> int:
             hint='pip install "gradaccum[hf]"',
         ) from error
     return train.run(words)
+
+
+def _verify(words: list[str]) -> int:
+    from gradaccum.cli import verify  # now, since it imports torch and what its loop needs
+
+    return verify.run(words)

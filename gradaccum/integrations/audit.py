@@ -5,6 +5,7 @@ its arguments, metrics and accelerator, without its callbacks, and on the given 
 order. The copy stops where the gradients are complete, so nothing is stepped, logged or saved.
 """
 
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -21,10 +22,13 @@ from transformers import Trainer, TrainerCallback, TrainerControl
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
 
 from gradaccum.audit import SUM_OF_MEANS, Subject, chunks
-from gradaccum.errors import BadInput
+from gradaccum.batch import Listed
+from gradaccum.contract import Contract
+from gradaccum.errors import BadInput, GradaccumError
 from gradaccum.integrations.accumulation import SameBatch
 from gradaccum.integrations.hf import Attached
-from gradaccum.restore import gradients_aside, without_dropout_masks
+from gradaccum.measured import Measured
+from gradaccum.restore import gradients_aside
 from gradaccum.state import undisturbed
 from gradaccum.types import Budget
 from gradaccum.weights import Cut
@@ -208,33 +212,36 @@ def _undivided(trainer: Trainer, examples: Sequence[Any]) -> str:
     """Say why the trainer does not divide, if it turns out that it does not."""
     if not _is_models_loss(trainer):
         return "its own loss is a mean, and the Trainer takes it for divided already"
-    if not trainer.model_accepts_loss_kwargs or not _ignores_count(trainer, examples):
+    contract = _contract(trainer, examples)
+    if not trainer.model_accepts_loss_kwargs or contract is None or contract.counted:
         return SUM_OF_MEANS
     return (
-        f"`{_loss_name(trainer)}` returns a mean over rows and ignores `num_items_in_batch`, so "
+        f"`{_loss_name(trainer)}` returns {contract.first} and ignores `num_items_in_batch`, so "
         "the Trainer does not divide"
     )
 
 
-def _ignores_count(trainer: Trainer, examples: Sequence[Any]) -> bool:
-    """Tell whether the loss of one example is the same for a count of 1 and of 2."""
-    model, losses = trainer.model, []
-    assert isinstance(model, nn.Module), "a trainer has a model"
+def _contract(trainer: Trainer, examples: Sequence[Any]) -> Contract | None:
+    """Measure how the loss of a trainer is reduced; None if it cannot be told."""
+    found: list[Contract | None] = []
 
-    def step(twin: Any, model: nn.Module, inputs: Any, *_: Any) -> None:
-        for count in (1, 2):
-            given = torch.tensor(count, device=twin.args.device)
-            with torch.no_grad(), twin.compute_loss_context_manager():
+    def step(twin: Any, model: nn.Module, *_: Any) -> None:
+        def loss(model: nn.Module, inputs: Any, count: float | None) -> Tensor:
+            given = None if count is None else torch.tensor(count, device=twin.args.device)
+            with twin.compute_loss_context_manager():
                 inputs = twin._prepare_inputs(copy.copy(inputs))
-                losses.append(
-                    twin.compute_loss(model, copy.copy(inputs), num_items_in_batch=given).item()
-                )
+                return twin.compute_loss(model, copy.copy(inputs), num_items_in_batch=given)
+
+        measured = Measured(loss)
+        with contextlib.suppress(GradaccumError):
+            measured.look_at(model, Listed(examples, twin.data_collator))
+        found.append(measured.contract)
         raise _Complete
 
-    parameters = list(model.parameters())
-    with gradients_aside(parameters), without_dropout_masks(model), undisturbed(model):
+    assert isinstance(trainer.model, nn.Module), "a trainer has a model"
+    with gradients_aside(list(trainer.model.parameters())), undisturbed(trainer.model):
         _train(trainer, examples, ((0,),), step=step)
-    return losses[0] == losses[1]
+    return found[0]
 
 
 @contextmanager

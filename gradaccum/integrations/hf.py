@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput, has_length
 
-from gradaccum import verify
+from gradaccum import measures
 from gradaccum.batch import Listed
 from gradaccum.engine import Accumulator, Window
 from gradaccum.errors import BadInput, GradaccumError
@@ -152,15 +152,15 @@ class Attached(Trainer):
             accumulator.budget = Budget(examples=len(examples))
             full = accumulator.prepare(settled)
             turned = settled.take(full.micros[0].examples[::-1])
-            expected = verify.gradients(model, functools.partial(accumulator.backward, full))
+            expected = measures.gradients(model, functools.partial(accumulator.backward, full))
             error, reordered = (
-                verify.relative_error(
-                    verify.gradients(model, functools.partial(accumulator.backward, window)),
+                measures.relative_error(
+                    measures.gradients(model, functools.partial(accumulator.backward, window)),
                     expected,
                 )
                 for window in (accumulated, dataclasses.replace(full, inputs=(turned,)))
             )
-            floor = max(reordered, verify.rounding(model, expected))
+            floor = max(reordered, measures.rounding(model, expected))
         return Proof(error, floor, len(examples), len(accumulated.micros))
 
     def evaluation_loop(
@@ -265,13 +265,12 @@ class Attached(Trainer):
         return current
 
     def _measured(self, model: nn.Module) -> Measured:
-        low = self.args.bf16 or self.args.fp16 or torch.get_float32_matmul_precision() != "highest"
         return Measured(
             self._counted_loss,
             name=f"the loss of {type(self.accelerator.unwrap_model(model)).__name__}",
             own_count=self._own_count if self._is_own_loss() else None,
             aside=self._aside,
-            is_low=low,
+            is_low=torch.get_float32_matmul_precision() != "highest",
         )
 
     def _counted_loss(self, model: nn.Module, inputs: Any, count: float | None) -> Tensor:
@@ -359,6 +358,9 @@ def attach(
     accumulation = Accumulation(size, cut)
     trainer.accumulation = accumulation  # pyright: ignore[reportAttributeAccessIssue]
     trainer.add_callback(SameBatch())
+    if getattr(trainer, "_unsloth_settles_eager_fallbacks", False):
+        unsloth = importlib.import_module("gradaccum.integrations.unsloth")
+        trainer.add_callback(unsloth.SettleFallbacks())
     trainer.args = copy.copy(args)
     trainer.args.per_device_train_batch_size = trainer._train_batch_size = size
     trainer.args.gradient_accumulation_steps = 1

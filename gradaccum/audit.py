@@ -1,0 +1,314 @@
+"""Run a subject in several cuts, compare each with the full batch, and judge by rounding alone.
+
+What a subject is (a loop, an Accumulator, a Trainer) is known to whoever makes it; here it is two
+functions: one that runs an effective batch in micro-batches, and one that runs rows in one pass.
+"""
+
+import contextlib
+import functools
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradaccum.diagnosis import diagnose
+from gradaccum.errors import BadInput
+from gradaccum.measures import dot, norm, relative_error, rounding
+from gradaccum.restore import dropping, gradients_aside
+from gradaccum.state import without_dropout
+from gradaccum.trace import Trace, Watch, sample
+from gradaccum.types import counted
+from gradaccum.verdict import Comparison, Verdict
+from gradaccum.weights import Cut, Evidence, Fit, fit
+
+# An error passes up to so many times the measured floor, or so many units in the last place where
+# that is more. 400 correct loops stay below half of it (docs/guides/verify.md).
+FLOORS, UNITS = 20, 16
+# Above this, two orders of the same rows differ by more than rounding does in 32 bits and more.
+UNORDERED = 1e-3
+SUM_OF_MEANS = "the means of the micro-batches are added up and never divided by their number"
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """Say how what is audited runs.
+
+    Args:
+        name: What it is called in the verdict.
+        model: Holds the gradients.
+        num_examples: Examples in the effective batch.
+        run: Runs the effective batch in these micro-batches.
+        full: Runs these examples in one pass: the reference.
+        reference: Says what the reference is, asked once it has run.
+        take: Collates some examples, for looking at their labels.
+        is_own: The reference is `run` with one micro-batch, so that one needs no comparison.
+        undivided: Why nothing divides by the number of micro-batches, where that is found.
+        remedy: What to do about a wrong weight.
+    """
+
+    name: str
+    model: nn.Module
+    num_examples: int
+    run: Callable[[Cut], object]
+    full: Callable[[Sequence[int]], object]
+    reference: Callable[[], str]
+    take: Callable[[Sequence[int]], Any]
+    is_own: bool = True
+    undivided: str = SUM_OF_MEANS
+    remedy: str = "divide by the weight of the whole effective batch, or use gradaccum.Accumulator"
+
+
+def chunks(num_examples: int, size: int) -> tuple[int, ...]:
+    """Return the sizes of micro-batches of `size` rows, the last one with what is left."""
+    whole, rest = divmod(num_examples, size)
+    return (size,) * whole + ((rest,) if rest else ())
+
+
+def default_splits(num_examples: int) -> tuple[tuple[int, ...], ...]:
+    """Return one at a time, pairs, and one with a short last micro-batch.
+
+    Example:
+        >>> default_splits(4)
+        ((1, 1, 1, 1), (2, 2), (3, 1))
+    """
+    sizes = dict.fromkeys([1, 2])
+    ragged = [size for size in range(2, num_examples) if num_examples % size]
+    found = dict.fromkeys([*sizes, *ragged[-1:], *ragged[:1]])
+    splits = dict.fromkeys(chunks(num_examples, size) for size in found if size < num_examples)
+    return tuple(splits)[:3]
+
+
+def audit(subject: Subject, splits: Iterable[Sequence[int]] | None = None) -> Verdict:
+    """Compare every cut with the full batch and name what is wrong.
+
+    Takes two passes over the effective batch (the full batch in both orders of its rows) and one
+    for each split; what is not exact takes up to one more for each split, to find the weights of
+    the micro-batches. On the host: the weights, and three gradients in float64.
+
+    Raises:
+        BadInput: A split does not hold all examples; the full batch has no gradient.
+    """
+    num = subject.num_examples
+    if num == 1 and splits is None:
+        raise BadInput("1 example is no split", hint="pass at least 2 examples")
+    wanted = default_splits(num) if splits is None else tuple(map(tuple, splits))
+    if not subject.is_own:
+        wanted = ((num,), *wanted)
+    cuts = tuple(_cut(sizes, num) for sizes in wanted)
+    parameters = [p for p in subject.model.parameters() if p.requires_grad]
+    if not parameters:
+        raise BadInput("the model has no parameter that requires a gradient")
+    dropped = dropping(subject.model)
+    with gradients_aside(parameters), without_dropout(subject.model):
+        return _Audit(subject, cuts).verdict(dropped)
+
+
+def _cut(sizes: tuple[int, ...], num_examples: int) -> Cut:
+    is_whole = all(isinstance(size, int) and size > 0 for size in sizes)
+    if not is_whole or sum(sizes) != num_examples:
+        raise BadInput(
+            f"the split {sizes} does not cut {counted(num_examples, 'example')}",
+            hint=f"such as {default_splits(num_examples)[0] if num_examples > 1 else (1,)}",
+        )
+    ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
+    return tuple(tuple(range(end - size, end)) for size, end in zip(sizes, ends, strict=True))
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """Hold what is known of one cut once it has run; `values` stand for its gradient."""
+
+    cut: Cut
+    trace: Trace
+    comparison: Comparison
+    values: Tensor
+
+
+class _Audit:
+    """Hold what one audit measures; `verdict` runs it."""
+
+    def __init__(self, subject: Subject, cuts: tuple[Cut, ...]) -> None:
+        self._subject = subject
+        self._cuts = cuts
+        self._watch = Watch(subject.model)
+        self._rows = tuple(range(subject.num_examples))
+        self._num_passes = 0.0
+        self._full: list[Tensor] = []
+        self._random = self._unordered = 0.0
+
+    def verdict(self, dropped: list[str]) -> Verdict:
+        subject = self._subject
+        trace = self._whole()
+        self._full = self._gradients(trace)
+        self._refuse_empty(trace)
+        floor = self._floor(trace)
+        tolerance = max(FLOORS * floor, UNITS * self._eps())
+        runs = [run for cut in self._cuts if (run := self._run(cut)) is not None]
+        comparisons = tuple(run.comparison for run in runs)
+        wrong = {
+            i: run for i, run in enumerate(runs) if not run.comparison.relative_error <= tolerance
+        }
+        evidence = Evidence(
+            cuts=tuple(run.cut for run in runs),
+            comparisons=comparisons,
+            traces=tuple(run.trace for run in runs),
+            fits=self._fits(wrong),
+            tolerance=tolerance,
+            leftover=self._leftover(runs, tolerance),
+            random=self._random,
+            unordered=self._unordered,
+            labels=self._labels,
+            undivided=subject.undivided,
+            remedy=subject.remedy,
+        )
+        return Verdict(
+            subject=subject.name,
+            reference=subject.reference(),
+            num_examples=subject.num_examples,
+            comparisons=comparisons,
+            floor=floor,
+            tolerance=tolerance,
+            diagnoses=diagnose(evidence),
+            notes=_notes(dropped),
+            num_passes=self._num_passes,
+        )
+
+    def _run(self, cut: Cut) -> _Run | None:
+        """Run one cut; None where it is the whole batch, which need not fit."""
+        self._num_passes += 1
+        work = functools.partial(self._subject.run, cut)
+        try:
+            trace = self._watch.run(work)
+        except torch.OutOfMemoryError:
+            if len(cut) > 1:
+                raise
+            return None
+        gradients = self._gradients(trace)
+        trace.gradients = []
+        return _Run(cut, trace, self._compare(cut, gradients), _flat(gradients))
+
+    def _whole(self) -> Trace:
+        """Run the full batch; where it does not fit, say so outside of the except block."""
+        with contextlib.suppress(torch.OutOfMemoryError):
+            return self._reference(self._rows)
+        raise BadInput(
+            f"the full batch of {counted(len(self._rows), 'example')} does not fit into memory",
+            hint="pass objective=, and our engine runs it one example at a time; or fewer examples",
+        )
+
+    def _reference(self, rows: Sequence[int], *, seed: int | None = None) -> Trace:
+        def work() -> None:
+            if seed is not None:
+                torch.manual_seed(seed)
+            self._subject.full(rows)
+
+        self._num_passes += len(rows) / len(self._rows)
+        return self._watch.run(work)
+
+    def _gradients(self, trace: Trace) -> list[Tensor]:
+        pairs = zip(trace.gradients, self._watch.parameters, strict=True)
+        return [torch.zeros(p.shape, dtype=torch.float64) if g is None else g for g, p in pairs]
+
+    def _refuse_empty(self, trace: Trace) -> None:
+        if not trace.num_backwards:
+            raise BadInput(
+                f"{self._subject.name} left no gradient on the full batch of "
+                f"{counted(len(self._rows), 'example')}",
+                hint="the loop has to call backward on a loss of the model it is given",
+            )
+        if not norm(self._full):
+            raise BadInput(
+                "the gradient of the full batch is zero, so there is nothing to compare",
+                hint="give examples that are trained on",
+            )
+
+    def _floor(self, trace: Trace) -> float:
+        """Measure what rounding alone causes: other orders of the rows, and the dtype itself."""
+        stored = rounding(self._subject.model, self._full, trace.autocast)
+        turned = relative_error(self._gradients(self._reference(self._rows[::-1])), self._full)
+        if not turned > max(1e3 * self._eps(), 20 * stored):
+            return max(turned, stored)
+        again = relative_error(self._gradients(self._reference(self._rows, seed=1)), self._full)
+        if again > 0.1 * turned:
+            self._random = again
+            return stored
+        if turned > max(UNORDERED, 20 * stored):
+            self._unordered = turned
+            return stored
+        return turned
+
+    def _eps(self) -> float:
+        """Return the last place of the widest dtype in which these gradients may be summed."""
+        dtypes = [torch.promote_types(p.dtype, torch.float32) for p in self._watch.parameters]
+        return max(torch.finfo(dtype).eps for dtype in dtypes)
+
+    def _compare(self, cut: Cut, gradients: list[Tensor]) -> Comparison:
+        size = norm(self._full)
+        error = relative_error(gradients, self._full)
+        return Comparison(
+            sizes=tuple(map(len, cut)),
+            relative_error=error if math.isfinite(error) else math.inf,
+            norm_ratio=norm(gradients) / size,
+            signed_residual=dot(gradients, self._full) / size**2 - 1,
+            worst=self._worst(gradients),
+        )
+
+    def _worst(self, gradients: list[Tensor]) -> tuple[tuple[str, float], ...]:
+        """Return the modules whose own gradient is the farthest off."""
+        named = [n for n, p in self._subject.model.named_parameters() if p.requires_grad]
+        modules: dict[str, list[int]] = {}
+        for i, name in enumerate(named):
+            modules.setdefault(name.rpartition(".")[0] or name, []).append(i)
+        errors = {
+            module: relative_error([gradients[i] for i in own], [self._full[i] for i in own])
+            for module, own in modules.items()
+        }
+        order = sorted(errors, key=lambda m: (not math.isnan(errors[m]), -errors[m]))
+        return tuple((module, errors[module]) for module in order[:3] if errors[module] != 0)
+
+    def _fits(self, wrong: Mapping[int, _Run]) -> dict[int, Fit]:
+        """Find the weights of the micro-batches of the cuts that are wrong."""
+        alone: dict[tuple[int, ...], Tensor] = {}
+        fits, full = {}, _flat(self._full)
+        for i, run in wrong.items():
+            for rows in run.cut:
+                if rows not in alone:
+                    alone[rows] = _flat(self._gradients(self._reference(rows)))
+            parts = [alone[rows] for rows in run.cut]
+            if all(bool(t.isfinite().all()) for t in (run.values, full, *parts)):
+                fits[i] = fit(run.values, full, parts)
+        return fits
+
+    def _leftover(self, runs: list[_Run], tolerance: float) -> float:
+        """Run a cut twice without clearing in between; return by how much the second differs."""
+        cut = next((run.cut for run in runs if run.trace.left), None)
+        if cut is None:
+            return 0.0
+        work = functools.partial(self._subject.run, cut)
+        self._num_passes += 2
+        once = self._gradients(self._watch.run(work))
+        again = self._gradients(self._watch.run(work, keep_gradients=True))
+        change = relative_error(again, once)
+        return change if change > tolerance else 0.0
+
+    def _labels(self, rows: Sequence[int]) -> Any:
+        inputs = self._subject.take(rows)
+        return inputs.get("labels") if isinstance(inputs, Mapping) else None
+
+
+def _flat(gradients: list[Tensor]) -> Tensor:
+    """Return the values that stand for a gradient when its weights are found."""
+    return torch.cat([sample(gradient) for gradient in gradients])
+
+
+def _notes(dropped: list[str]) -> tuple[str, ...]:
+    if not dropped:
+        return ()
+    more = f" and {len(dropped) - 3} more" if len(dropped) > 3 else ""
+    return (
+        f"dropout was switched off to compare ({', '.join(dropped[:3])}{more}): in training it "
+        "draws other masks for another cut, as for another seed",
+    )
