@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from gradaccum import errors
 from gradaccum.engine import Accumulator
-from gradaccum.objective import Objective, causal_lm, from_mean
+from gradaccum.measured import from_mean
+from gradaccum.objective import Objective, causal_lm
 from gradaccum.types import Budget, Step
 from gradaccum.verify import verify
 

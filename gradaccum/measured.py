@@ -18,11 +18,19 @@ from torch import Tensor, nn
 from gradaccum.batch import HostBatch
 from gradaccum.contract import OWN, SUM, Contract, CountedLoss, Probe
 from gradaccum.counters import counts, describe
-from gradaccum.errors import NotDecomposable
-from gradaccum.objective import Number, Objective, Resolved, length
+from gradaccum.errors import BadInput, NotDecomposable
+from gradaccum.objective import (
+    Number,
+    Objective,
+    Resolved,
+    length,
+    scalar,
+    shifted_tokens,
+    tokens,
+)
 from gradaccum.reductions import Routing, Terms, attention_mask
 from gradaccum.state import batch_norms, undisturbed, without_dropout
-from gradaccum.trees import to_device
+from gradaccum.trees import count_rows, to_device
 from gradaccum.types import Micro
 
 Loss = Callable[[nn.Module, Any], Tensor]
@@ -281,24 +289,63 @@ class Measured:
             )
 
 
-def measured(
-    loss: Callable[[nn.Module, Any], Tensor],
+def from_mean(
+    loss: Callable[[nn.Module, Any], Tensor] | None = None,
     *,
+    weight: str | Callable[[Any], Number] | None = None,
     size: Callable[[Any], int] = length,
     trim: bool = False,
 ) -> Objective:
-    """Return the objective of a loss that is reduced in some way: measured, not trusted.
+    """Return the objective of a loss that is reduced already, such as `model(**micro).loss`.
+
+    By default it is measured on the first batch how: a sum, or a mean over rows, trained tokens or
+    another count, several of them, or nothing that micro-batches add up to, which is refused.
 
     Args:
-        loss: Maps model and micro-batch to the loss, shape (), however it is reduced.
+        loss: Maps model and micro-batch to a tensor of shape (); by default `model(**micro).loss`.
+        weight: What the loss is a mean over, where that is known: "rows", "tokens" (labels that are
+            not -100), "shifted_tokens" (the same without each row's first, for causal models), or a
+            function of the micro-batch, called on the host and again on the device: let it return
+            a tensor, not `.item()`. It is believed: a wrong one gives a mean of means.
         size: Maps one example to its cost in memory.
         trim: The loss is the same without padding, so that it may be cut from collated batches.
+
+    Raises:
+        BadInput: `weight` is none of these; the model returns no loss.
+        NotDecomposable: At the first batch, when no weight gives the gradient of the whole batch.
+
+    Example:
+        >>> from gradaccum import Accumulator, Budget
+        >>> objective = from_mean(lambda model, x: model(x).square().mean())
+        >>> accumulator = Accumulator(nn.Linear(3, 1), objective, budget=Budget(examples=2))
+        >>> accumulator.backward(torch.arange(15.0).reshape(5, 3)).weight
+        5.0
     """
+    mean = loss or _own_loss
+    if weight is None:
 
-    def counted(model: nn.Module, inputs: Any, count: float | None) -> Tensor:
-        return loss(model, to_device(copy.copy(inputs), next(model.parameters()).device))
+        def counted(model: nn.Module, inputs: Any, count: float | None) -> Tensor:
+            return mean(model, to_device(copy.copy(inputs), next(model.parameters()).device))
 
-    return Measured(counted, takes_count=False).objective(size=size, trim=trim)
+        return Measured(counted, takes_count=False).objective(size=size, trim=trim)
+    known = {"rows": count_rows, "tokens": tokens, "shifted_tokens": shifted_tokens}
+    if isinstance(weight, str) and weight not in known:
+        raise BadInput(f"weight={weight!r} is none of {', '.join(known)}, nor a function")
+    count = known[weight] if isinstance(weight, str) else weight
+    unit = weight.replace("_", " ") if isinstance(weight, str) else "items"
+    return Objective(
+        lambda model, micro: scalar(mean(model, micro)) * count(micro), count, size, unit, trim
+    )
+
+
+def _own_loss(model: nn.Module, micro: Any) -> Any:
+    loss = model(**micro).loss
+    if loss is None:
+        raise BadInput(
+            f"{type(model).__name__} returns no loss for a batch of {', '.join(map(str, micro))}",
+            hint="add labels to the batch, or pass a loss",
+        )
+    return loss
 
 
 def _resolved(losses: Sequence[Loss], weights: Sequence[float], unit: str) -> Resolved:

@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gradaccum.errors import BadInput, CountMismatch
-from gradaccum.trees import count_rows
 from gradaccum.types import IGNORE_INDEX, Micro
 
 Number = float | Tensor
@@ -139,50 +138,6 @@ def causal_lm() -> Objective:
     return Objective(loss, shifted_tokens, length, "trained tokens", trim=True)
 
 
-def from_mean(
-    loss: Callable[[nn.Module, Any], Tensor] | None = None,
-    *,
-    weight: str | Callable[[Any], Number],
-    size: Callable[[Any], int] = length,
-    trim: bool = False,
-) -> Objective:
-    """Return the objective of a model that only gives a mean: mean times weight is the sum.
-
-    The weight must be what the mean is taken over, or the result is a mean of means.
-
-    Args:
-        loss: Maps model and micro-batch to the mean, a tensor of shape (); by default
-            `model(**micro).loss`.
-        weight: "rows", "tokens" (labels that are not -100), "shifted_tokens" (the same without
-            each row's first, for causal models), or a function of the micro-batch. It is called
-            on the host and again on the device: let it return a tensor, not `.item()`.
-        size: Maps one example to its cost in memory.
-        trim: The loss is the same without padding, so that it may be cut from collated batches.
-
-    Raises:
-        BadInput: `weight` is none of these; the model returns no loss.
-    """
-    known = {"rows": count_rows, "tokens": tokens, "shifted_tokens": shifted_tokens}
-    if isinstance(weight, str) and weight not in known:
-        raise BadInput(f"weight={weight!r} is none of {', '.join(known)}, nor a function")
-    count = known[weight] if isinstance(weight, str) else weight
-    mean = loss or _own_loss
-    unit = weight.replace("_", " ") if isinstance(weight, str) else "items"
-    return Objective(
-        lambda model, micro: _scalar(mean(model, micro)) * count(micro), count, size, unit, trim
-    )
-
-
-def _own_loss(model: nn.Module, micro: Any) -> Any:
-    loss = model(**micro).loss
-    if loss is None:
-        raise BadInput(
-            f"{type(model).__name__} returns no loss for a batch of {', '.join(map(str, micro))}",
-            hint="add labels to the batch, or pass a loss",
-        )
-    return loss
-
-
 def by_term(weight: Any) -> dict[str, float]:
     """Return a weight as `{term: number}`, checked; one without terms is that of "loss"."""
     terms = weight if isinstance(weight, Mapping) else {"loss": weight}
@@ -205,7 +160,7 @@ def shares(loss: Any, weight: dict[str, float], totals: dict[str, float]) -> lis
             f"the loss has the terms {sorted(terms)}, the weight has {sorted(totals)}",
             hint="let loss and weight of the objective return dicts with the same names",
         )
-    sums = {name: _scalar(terms[name]) for name in totals}
+    sums = {name: scalar(terms[name]) for name in totals}
     return [
         sums[name] / total if weight[name] else torch.zeros_like(sums[name].detach())
         for name, total in totals.items()
@@ -231,11 +186,12 @@ def sum_and_weight(loss: Any, device: torch.device) -> tuple[Tensor, Tensor]:
             hint="sum it",
         )
     weight = torch.where(weight < 0, torch.nan, weight).reshape(())
-    total = _scalar(loss[0])
+    total = scalar(loss[0])
     return total * (weight != 0).to(total), weight
 
 
-def _scalar(loss: Any) -> Tensor:
+def scalar(loss: Any) -> Tensor:
+    """Return a loss as it is if it can be accumulated; otherwise raise BadInput."""
     if not isinstance(loss, Tensor) or loss.ndim:
         kind = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
         raise BadInput(f"the loss has {kind}, and has to be a tensor of shape ()", hint="sum it")

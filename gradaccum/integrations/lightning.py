@@ -28,8 +28,8 @@ from gradaccum.batch import Collate
 from gradaccum.engine import Accumulator
 from gradaccum.errors import BadInput
 from gradaccum.integrations.lightning_logs import Logged, joined, metrics_kept
-from gradaccum.measured import Measured, quiet
-from gradaccum.objective import Number, from_mean, length
+from gradaccum.measured import Measured, from_mean, quiet
+from gradaccum.objective import Number, length
 from gradaccum.types import Budget, Micro, Step
 
 T = TypeVar("T", bound=LightningModule)
