@@ -149,16 +149,21 @@ def watching(model: nn.Module) -> Iterator[Seen]:
 
     def read(module: nn.Module, args: Any, outputs: Any) -> None:
         loss, logits = getattr(outputs, "aux_loss", None), getattr(outputs, "router_logits", None)
-        if isinstance(loss, Tensor) and isinstance(logits, tuple) and logits:
-            seen.router_loss, seen.router_logits = loss, logits
+        if isinstance(logits, tuple) and logits:
+            seen.router_logits = logits
+        if isinstance(loss, Tensor):
+            seen.router_loss = loss
 
-    handle, reductions = model.register_forward_hook(read), Reductions()
+    # The loss may be taken by a head, of logits that only the model inside of it returns.
+    parts = [model, *(m for m in model.modules() if "config" in vars(m) and m is not model)]
+    handles, reductions = [part.register_forward_hook(read) for part in parts], Reductions()
     try:
         with reductions:
             yield seen
         seen.means = reductions.found
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
 
 
 def attention_mask(inputs: Any) -> Tensor | None:
@@ -169,7 +174,7 @@ def attention_mask(inputs: Any) -> Tensor | None:
 
 def routing(seen: Seen, mask: Tensor | None) -> Routing | None:
     """Find how the router's loss is taken from its logits, by trying; None if in no known way."""
-    if seen.router_loss is None:
+    if seen.router_loss is None or not seen.router_logits:
         return None
     num_experts = seen.router_logits[0].shape[-1]
     for masked in (True, False) if mask is not None else (False,):
