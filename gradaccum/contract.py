@@ -12,6 +12,7 @@ between counters that losses cannot tell apart. Where no such a exists, the loss
 several terms (`reductions.py`), each with its own; if it is not, it is refused with the cause.
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -23,9 +24,10 @@ from torch import Tensor, nn
 
 from gradaccum.batch import HostBatch, Listed
 from gradaccum.counters import ROWS, counts, describe
-from gradaccum.errors import BadInput, NotDecomposable
+from gradaccum.errors import BadInput, GradaccumError, NotDecomposable
 from gradaccum.objective import Number, length
 from gradaccum.reductions import Routing, Seen, Terms, attention_mask, routing, watching
+from gradaccum.trees import named_leaves
 
 # Maps the model, collated inputs and the count to divide by (None: the loss's own) to the loss.
 CountedLoss = Callable[[nn.Module, Any, float | None], Tensor]
@@ -36,9 +38,9 @@ HUGE = 1e18  # isolates what is not divided: with a count of 1, token losses dro
 SAMPLE = 4096  # values of the gradient of each parameter
 
 # How far gradients that should add up may be off, and how far from the best weights those of a
-# counter. In float64 heads with casts to float32 or an epsilon in a denominator come to 1e-7.
-RESIDUAL = {"float64": 1e-6, "float32": 1e-4, "low": 5e-2}
-EXCESS = {"float64": 1e-7, "float32": 2e-5, "low": 5e-3}
+# counter. In float64 heads with casts to float32 or an epsilon in a denominator come to 1e-6.
+RESIDUAL = {"float64": 5e-6, "float32": 1e-4, "low": 5e-2}
+EXCESS = {"float64": 1e-6, "float32": 2e-5, "low": 5e-3}
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,11 +107,16 @@ class Probe:
     tried: int = 8
     num_rows: int = 0  # forwards, counted by row; those with a backward count three times
     counted: bool = False
+    odd: tuple[int, int] | None = None  # groups whose values do not add up
     _kept: dict[Any, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.host, self.groups = choose(self.host, self.tried)
+        self.host, self.groups, short = choose(self.host, self.tried)
         self.unions = [(0, 1), (0, 2)][: len(self.groups) - 1]
+        # Each short row beside the widest of them: padding may change some rows and not others.
+        begin = len(self.groups)
+        self.groups += [[row] for row in short]
+        self.pairs = [(begin, i) for i in range(begin + 1, len(self.groups))]
 
     def contract(self) -> Contract | None:
         """Return the contract; None if these rows train nothing, so that there is none to see.
@@ -126,7 +133,8 @@ class Probe:
         if self.counted and SUM in self._fitting(Contract(True, ()), 1.0, minus=HUGE):
             given.append(False)  # a sum, but of several means that a count replaces
         for counted in given:
-            if (found := self._fit(Contract(counted, ()))) is not None:
+            found = self._fit(Contract(counted, ()))
+            if found is not None and self._hold(found):
                 return self._told_apart(found)
         seen = self._see(union)
         route = routing(seen, attention_mask(self._inputs(union)))
@@ -135,21 +143,45 @@ class Probe:
         ):
             if (routed is not None or split) and not (split and not seen.means):
                 found = self._fit(Contract(counted, (), routing=routed, split=split))
-                if found is not None:
+                if found is not None and self._hold(found):
                     return found
         raise self._refusal(seen)
 
     def holds(self, contract: Contract) -> bool:
         """Tell whether the values of the loss still agree with a contract."""
-        (i, j), whole = self.unions[0], self._value(self.unions[0], None)
         if contract.split or contract.routing is not None or contract.extra is not None:
             return True
-        if contract.counted:
-            return not self._has_extra(contract)
-        weights = self._shares([(i,), (j,)])[contract.counters[0]]
-        values = [self._value((key,), None) for key in (i, j)]
-        parts = sum(w * v for w, v in zip(weights, values, strict=True) if w)
-        return abs(whole - parts) <= self._value_tolerance((i, j)) * abs(whole)
+        if contract.counted and self._has_extra(contract):
+            return False
+        return self._adds_up(contract, self.unions[0])
+
+    def _hold(self, contract: Contract) -> bool:
+        odd = next((pair for pair in self.pairs if not self._adds_up(contract, pair)), None)
+        self.odd = odd or self.odd
+        return odd is None
+
+    def _adds_up(self, contract: Contract, pair: tuple[int, int]) -> bool:
+        """Tell whether the values of two groups give that of both together."""
+        if contract.extra is not None:  # added once and not twice
+            return True
+        count, keys = 1.0 if contract.counted else None, [(i,) for i in pair]
+        weights = self._shares(keys).get(SUM if contract.counted else contract.counters[0])
+        whole, terms = self._value(pair, count), self._terms(contract, keys, count)
+        parts = [self._parts(terms, key, count) for key in keys]
+        if weights is None or not any(map(any, parts)):
+            return True
+        total = sum(w * rest + share for w, (rest, share) in zip(weights, parts, strict=True))
+        return abs(whole - total) <= self._value_tolerance(pair) * abs(whole)
+
+    def _parts(
+        self, terms: Terms | None, key: tuple[int, ...], count: float | None
+    ) -> tuple[float, float]:
+        """Return the values of the loss without its terms, and of its terms' share."""
+        if terms is None:
+            return self._value(key, count), 0.0
+        run = functools.partial(self._run, key, count)
+        rest, share = terms.parts(self.model, run, attention_mask(self._inputs(key)))
+        return rest.item(), share.item()
 
     # -- is the count honoured
 
@@ -298,16 +330,27 @@ class Probe:
     def _is_labelled(self, key: tuple[int, ...]) -> bool:
         return all(_labels(counts(self._inputs(key), self._num(key))))
 
-    def _value(self, key: tuple[int, ...], count: float | None) -> float:
+    def _run(self, key: tuple[int, ...], count: float | None) -> Tensor:
         self.num_rows += self._num(key)
+        try:
+            return self.loss(self.model, self._inputs(key), count)
+        except (RuntimeError, ValueError, IndexError) as error:
+            if isinstance(error, (torch.OutOfMemoryError, GradaccumError)) or len(key) > 1:
+                raise
+            raise NotDecomposable(
+                f"{self.name} fails on {self._num(key)} of {len(self.host)} rows alone "
+                f"({type(error).__name__}: {error})",
+                hint="a budget that holds the whole batch",
+            ) from error
+
+    def _value(self, key: tuple[int, ...], count: float | None) -> float:
         with torch.no_grad():
-            value = self.loss(self.model, self._inputs(key), count).item()
+            value = self._run(key, count).item()
         return 0.0 if math.isnan(value) and len(key) == 1 else value  # 0 / 0 adds nothing
 
     def _see(self, key: tuple[int, ...]) -> Seen:
-        self.num_rows += self._num(key)
         with watching(self.model) as seen:
-            self.loss(self.model, self._inputs(key), None)
+            self._run(key, None)
         return seen
 
     def _terms(
@@ -316,10 +359,9 @@ class Probe:
         if tried.routing is None and not tried.split:
             return None
         keys = list(keys)
-        self.num_rows += sum(map(self._num, keys))
         return Terms.survey(
             self.model,
-            [lambda key=key: self.loss(self.model, self._inputs(key), count) for key in keys],
+            [functools.partial(self._run, key, count) for key in keys],
             [attention_mask(self._inputs(key)) for key in keys],
             routing=tried.routing,
             split=tried.split,
@@ -336,11 +378,10 @@ class Probe:
         """Return value and gradient of the loss without its terms, and of its terms' share."""
         if terms is None:
             if ("gradient", key, count) not in self._kept:
-                loss = self.loss(self.model, self._inputs(key), count)
-                self._kept["gradient", key, count] = self._taken(loss, key)
+                self._kept["gradient", key, count] = self._taken(self._run(key, count), key)
             rest, share = self._kept["gradient", key, count], 0.0
         else:
-            run = lambda: self.loss(self.model, self._inputs(key), count)  # noqa: E731
+            run = functools.partial(self._run, key, count)
             loss, terms_loss = terms.parts(self.model, run, attention_mask(self._inputs(key)))
             rest, share = self._taken(loss, key, keep=True), self._taken(terms_loss, key)
         if minus is not None:
@@ -350,7 +391,7 @@ class Probe:
 
     def _taken(self, loss: Tensor, key: tuple[int, ...], *, keep: bool = False) -> Tensor:
         """Return the value of a loss and a sample of its gradient, float64 on the CPU."""
-        self.num_rows += 3 * self._num(key)
+        self.num_rows += 2 * self._num(key)
         if loss.requires_grad:
             loss.backward(retain_graph=keep)
         value = loss.detach().double().cpu().reshape(1)
@@ -385,6 +426,8 @@ class Probe:
             cause = f"each row is told from the other {num - 1} (in-batch negatives)"
         elif seen.router_loss is not None:
             cause = "it has a router's load-balancing loss, a product of means over the batch"
+        elif self.odd is not None:
+            cause = "its rows depend on each other (padding changes some of them, and not all)"
         elif minus is None and off <= RESIDUAL[self.precision]:
             cause = f"it weighs them {' : '.join(f'{w:.4g}' for w in best)}, by no known count"
         else:
@@ -456,14 +499,15 @@ def fit(
     return {name for name, weights in shares.items() if fits(weights)}
 
 
-def choose(host: HostBatch, tried: int) -> tuple[HostBatch, list[list[int]]]:
+def choose(host: HostBatch, tried: int) -> tuple[HostBatch, list[list[int]], list[int]]:
     """Choose a row, two rows and the longest row, such that counters differ on them.
 
-    Short rows are cheap. Without a label in the first row its loss would be 0 / 0; one without in
-    the second group tells rows with a label from rows.
+    Short rows are cheap, and beside the longest they are padded. Without a label in the first row
+    its loss would be 0 / 0; one without in the second group tells rows with a label from rows.
 
     Returns:
-        The rows chosen from, the random numbers of their collator drawn for good, and the groups.
+        The rows chosen from, the random numbers of their collator drawn for good; the groups; and
+        the short rows, the widest first.
     """
     lengths = [length(example) for example in host]
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
@@ -474,9 +518,10 @@ def choose(host: HostBatch, tried: int) -> tuple[HostBatch, list[list[int]]]:
         labelled = [row for row in short if all(_labels(found[row]))]
         if len(labelled) > 1:
             break
-    longest = short[-1]
+    widths = {row: _num_elements(settled.take([row])) for row in short}
+    longest = max(short, key=widths.__getitem__)
     best: tuple[int, list[list[int]]] = (-1, [])
-    for first in (labelled or short)[:4]:
+    for first in sorted(labelled or short, key=widths.__getitem__)[:4]:
         others = [row for row in dict.fromkeys([*labelled, *short]) if row != first][:tried]
         for pair in itertools.combinations(others, min(2, len(others))):
             if len(labelled) > 1 and not any(row in labelled for row in pair):
@@ -489,7 +534,15 @@ def choose(host: HostBatch, tried: int) -> tuple[HostBatch, list[list[int]]]:
                 best = (len(shares), [[first], list(pair)])
     groups = best[1] or [[row] for row in short[:2]]
     used = {row for group in groups for row in group}
-    return settled, groups + ([[longest]] if longest not in used else [])
+    if longest not in used:
+        groups.append([longest])
+    others = [row for row in short if row != longest]
+    return settled, groups, sorted(others, key=widths.__getitem__, reverse=True)
+
+
+def _num_elements(inputs: Any) -> int:
+    """Return how large collated inputs are; other rows may be padded by as much."""
+    return sum(leaf.numel() for _, leaf in named_leaves(inputs) if isinstance(leaf, Tensor))
 
 
 def _labels(found: Mapping[str, float]) -> list[float]:
