@@ -290,11 +290,19 @@ class Probe:
         found = counts(self._inputs(key), self._num(key))
         return max(1e-3, min(3e-2, 0.3 / max([*_labels(found), self._num(key)])))
 
-    def _shares(self, keys: Iterable[tuple[int, ...]]) -> dict[str, list[float]]:
-        """Return each group's share of the union by every counter that applies to all of them."""
+    def _shares(self, keys: list[tuple[int, ...]]) -> dict[str, list[float]]:
+        """Return each group's share of the union by every counter that adds up over them.
+
+        One that counts padding does not, where one group pads another.
+        """
         found = [counts(self._inputs(key), self._num(key)) for key in keys]
-        totals = {n: sum(row[n] for row in found) for n in found[0] if all(n in r for r in found)}
-        shares = {n: [row[n] / total for row in found] for n, total in totals.items() if total}
+        union = tuple(i for key in keys for i in key)
+        totals = counts(self._inputs(union), self._num(union))
+        shares = {
+            name: [row[name] / total for row in found]
+            for name, total in totals.items()
+            if total and all(name in row for row in found) and sum(r[name] for r in found) == total
+        }
         return shares | {SUM: [1.0] * len(found)}
 
     def _told_apart(self, found: Contract) -> Contract:

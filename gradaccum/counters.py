@@ -80,12 +80,11 @@ KINDS: dict[str, tuple[str, Callable[[Any, Mapping[str, Any]], Any]]] = {
 }
 
 
-INPUTS = ("input_ids", "token_type_ids", "position_ids")  # count nothing that a loss is taken over
-
-
 def _is_tried(kind: str, key: str) -> bool:
-    """Tell whether to try a counter: on a mask only what is not masked."""
-    return key not in INPUTS and (kind == "nonzero" or not key.endswith("attention_mask"))
+    """Tell whether to try a counter: no loss is taken over ids, and of a mask what it lets pass."""
+    if key.endswith("_ids"):
+        return False
+    return kind == "nonzero" or not key.endswith("attention_mask")
 
 
 def counts(inputs: Any, num_rows: int, names: Collection[str] | None = None) -> dict[str, float]:
