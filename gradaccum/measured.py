@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from gradaccum.batch import HostBatch
-from gradaccum.contract import OWN, SUM, Contract, CountedLoss, Probe
+from gradaccum.contract import OWN, Contract, Probe
 from gradaccum.counters import counts, describe
 from gradaccum.errors import BadInput, NotDecomposable
 from gradaccum.objective import (
@@ -29,6 +29,7 @@ from gradaccum.objective import (
     tokens,
 )
 from gradaccum.reductions import Routing, Terms, attention_mask
+from gradaccum.rows import SUM, CountedLoss, Rows
 from gradaccum.state import batch_norms, undisturbed, without_dropout
 from gradaccum.trees import count_rows, to_device
 from gradaccum.types import Micro
@@ -161,19 +162,13 @@ class Measured:
             for p, _ in gradients:
                 p.grad = None
             with self.aside(model):
+                rows = Rows(model, self.loss, host, self.name, tried)
                 probe = Probe(
-                    model,
-                    self.loss,
-                    host,
-                    self.name,
-                    self.takes_count,
-                    self.own_count,
-                    self._precision(model),
-                    tried,
+                    rows, self.takes_count, self.own_count is not None, self._precision(model)
                 )
                 with _noticing_autocast(model, probe):
                     yield probe
-                self.num_rows += probe.num_rows
+                self.num_rows += rows.num_run
         finally:
             for p, grad in gradients:
                 p.grad = grad

@@ -7,11 +7,11 @@ from torch import nn
 
 import gradaccum
 from gradaccum.batch import Listed
-from gradaccum.contract import choose
 from gradaccum.counters import counts
 from gradaccum.errors import BadInput, NotDecomposable
 from gradaccum.measured import Measured
 from gradaccum.padding import pad_collate
+from gradaccum.rows import choose
 from tests import oracle
 from tests.models import collated, examples, model
 
@@ -240,7 +240,7 @@ def test_measuring_costs_few_rows_and_leaves_no_trace():
     before, state = [p.clone() for p in net.parameters()], torch.get_rng_state()
     measured = Measured(lambda net, x, count: nll(net, x), takes_count=False)
     measured.look_at(net, Listed(ROWS, collated))
-    assert measured.num_rows <= 45  # a row forward and backward counts three
+    assert measured.num_rows <= 60  # a row forward and backward counts three
     assert torch.equal(state, torch.get_rng_state())
     assert all(p.grad is None for p in net.parameters())
     assert all(torch.equal(p, b) for p, b in zip(net.parameters(), before, strict=True))
@@ -249,7 +249,7 @@ def test_measuring_costs_few_rows_and_leaves_no_trace():
 def test_the_rows_chosen_tell_counters_apart():
     rows = [{"input_ids": [1] * n, "labels": [-100] * m + [1] * (n - m)} for n, m in
             [(4, 2), (4, 2), (4, 2), (5, 0), (6, 2), (20, 2)]]  # fmt: skip
-    host, groups = choose(Listed(rows, pad_collate), 5)
+    host, groups, _ = choose(Listed(rows, pad_collate), 5)
     assert [len(group) for group in groups] == [1, 2, 1]
     first, pair = (counts(host.take(group), len(group)) for group in groups[:2])
     shares = {n: first[n] / (first[n] + pair[n]) for n in first}

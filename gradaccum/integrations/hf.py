@@ -15,8 +15,6 @@ import dataclasses
 import functools
 import importlib
 import itertools
-import logging
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -26,28 +24,24 @@ from accelerate.utils.memory import clear_device_cache
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer
-from transformers.trainer_utils import EvalLoopOutput, TrainOutput, has_length
+from transformers.trainer_utils import TrainOutput, has_length
 
 from gradaccum import measures
 from gradaccum.batch import Listed
 from gradaccum.engine import Accumulator, Window
-from gradaccum.errors import BadInput, GradaccumError
+from gradaccum.errors import BadInput
 from gradaccum.integrations.accumulation import Accumulation, Cut, Examples, SameBatch, carry
+from gradaccum.integrations.evaluation import Evaluated
 from gradaccum.integrations.refusals import refuse
 from gradaccum.measured import Measured
 from gradaccum.state import undisturbed, without_dropout
-from gradaccum.trees import count_rows
 from gradaccum.types import Budget, Micro, Proof
 
 T = TypeVar("T", bound=Trainer)
-logger = logging.getLogger(__name__)
-EVALUATED = 16  # examples that tell how a loss is reduced where none was trained
 
 
-class Attached(Trainer):
+class Attached(Evaluated):
     """Override the documented hooks of Trainer; mixed in before the trainer's own class."""
-
-    accumulation: Accumulation
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         self.accumulation.begin()
@@ -162,74 +156,6 @@ class Attached(Trainer):
             )
             floor = max(reordered, measures.rounding(model, expected))
         return Proof(error, floor, len(examples), len(accumulated.micros))
-
-    def evaluation_loop(
-        self,
-        dataloader: DataLoader,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> EvalLoopOutput:
-        # The trainer's mean of batch means depends on how large its batches are.
-        self._evaluated: list[tuple[Tensor, float | None]] = []
-        self._look_at(dataloader)
-        output = super().evaluation_loop(
-            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
-        )
-        key, weights = f"{metric_key_prefix}_loss", [weight for _, weight in self._evaluated]
-        if output.metrics and key in output.metrics and weights:
-            if None in weights or not sum(filter(None, weights)):
-                logger.warning(
-                    f"{key} is a mean of batch means, and depends on per_device_eval_batch_size: "
-                    "it is not known what the loss of this model is a mean over"
-                )
-            else:
-                losses = torch.stack([loss for loss, _ in self._evaluated]).double().tolist()
-                pairs = [(x, w) for x, w in zip(losses, weights, strict=True) if w]
-                total = math.fsum(w for _, w in pairs)
-                output.metrics[key] = sum(x * w for x, w in pairs) / total
-        return output
-
-    def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        kept = copy.copy(inputs)  # compute_loss pops from it
-        output = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        if output[0] is not None:
-            loss = output[0].detach().mean()
-            self._evaluated.append((loss, self._eval_weight(kept)))
-        return output
-
-    def _look_at(self, dataloader: DataLoader) -> None:
-        """Find out what the loss is a mean over if no training has; of a stream it is not told."""
-        accumulation, data = self.accumulation, dataloader.dataset
-        trained = accumulation.measured
-        if trained is not None and trained.contract is not None:
-            accumulation.evaluating = trained
-        if accumulation.evaluating is not None or not has_length(data):
-            return
-        model = self.model
-        assert isinstance(model, nn.Module), "a trainer has a model"
-        found = accumulation.evaluating = self._measured(model)
-        rows = [data[i] for i in range(min(EVALUATED, len(data)))]  # pyright: ignore
-        was_training = model.training
-        model.eval()
-        try:
-            found.look_at(model, Listed(rows, dataloader.collate_fn))
-        except GradaccumError as error:
-            logger.warning(f"how the loss is reduced is not known: {error.args[0]}")
-        finally:
-            model.train(was_training)
-
-    def _eval_weight(self, inputs: Any) -> float | None:
-        """Return what the loss of an evaluated batch is a mean over; None if that is not known."""
-        found = self.accumulation.evaluating
-        return None if found is None else found.mean_weight(inputs, count_rows(inputs, 1))
 
     def _prepare(self, model: nn.Module, given: Examples) -> Window:
         """Cut and count a batch, once it is known what the loss divides by."""

@@ -1,0 +1,227 @@
+"""The rows that a measurement runs: a few of a batch, alone and together.
+
+They are known by keys: (0,) is a group of rows, (0, 1) are two groups together.
+"""
+
+import functools
+import itertools
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradaccum.batch import HostBatch, Listed
+from gradaccum.counters import counts
+from gradaccum.errors import GradaccumError, NotDecomposable
+from gradaccum.objective import length
+from gradaccum.reductions import Routing, Seen, Terms, attention_mask, watching
+from gradaccum.trees import named_leaves
+
+Key = tuple[int, ...]
+# Maps the model, collated inputs and the count to divide by (None: the loss's own) to the loss.
+CountedLoss = Callable[[nn.Module, Any, float | None], Tensor]
+
+SUM = "sum:"  # the counter of a loss that is divided by nothing
+SAMPLE = 4096  # values of the gradient of each parameter
+
+
+@dataclass
+class Rows:
+    """Choose rows of a batch, and run a loss on groups of them.
+
+    Args:
+        model: In the mode in which it is trained, but without dropout; its gradients cleared.
+        loss: Runs several times on the same inputs, so it must not change them.
+        host: Where the rows are taken from.
+        name: What the loss is called in messages.
+        tried: From how many short rows to choose.
+    """
+
+    model: nn.Module
+    loss: CountedLoss
+    host: HostBatch
+    name: str
+    tried: int
+    num_run: int = 0  # forwards, counted by row; those with a backward count three times
+    _kept: dict[Any, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.host, self.groups, short = choose(self.host, self.tried)
+        self.unions = [(0, 1), (0, 2)][: len(self.groups) - 1]
+        # Each short row beside the widest of them: padding may change some rows and not others.
+        begin = len(self.groups)
+        self.groups += [[row] for row in short]
+        self.pairs = [(begin, i) for i in range(begin + 1, len(self.groups))]
+
+    def shares(self, keys: list[Key]) -> dict[str, list[float]]:
+        """Return each group's share of the union by every counter that adds up over them.
+
+        One that counts padding does not, where one group pads another.
+        """
+        found = [self.counts(key) for key in keys]
+        union = tuple(i for key in keys for i in key)
+        totals = self.counts(union)
+        shares = {
+            name: [row[name] / total for row in found]
+            for name, total in totals.items()
+            if total and all(name in row for row in found) and sum(r[name] for r in found) == total
+        }
+        return shares | {SUM: [1.0] * len(found)}
+
+    def positions(self, key: Key) -> list[int]:
+        """Return which rows these are."""
+        return [row for i in key for row in self.groups[i]]
+
+    def num(self, key: Key) -> int:
+        """Return how many rows these are."""
+        return len(self.positions(key))
+
+    def counts(self, key: Key) -> dict[str, float]:
+        """Return every counter of these rows."""
+        return counts(self.inputs(key), self.num(key))
+
+    def inputs(self, key: Key) -> Any:
+        """Return these rows collated, on the host."""
+        if ("inputs", key) not in self._kept:
+            self._kept["inputs", key] = self.host.take(self.positions(key))
+        return self._kept["inputs", key]
+
+    def is_labelled(self, key: Key) -> bool:
+        """Tell whether they hold labels of every kind."""
+        return all(labels(self.counts(key)))
+
+    def run(self, key: Key, count: float | None) -> Tensor:
+        """Return the loss of these rows."""
+        self.num_run += self.num(key)
+        try:
+            return self.loss(self.model, self.inputs(key), count)
+        except (RuntimeError, ValueError, IndexError) as error:
+            if isinstance(error, (torch.OutOfMemoryError, GradaccumError)) or len(key) > 1:
+                raise
+            raise NotDecomposable(
+                f"{self.name} fails on {self.num(key)} of {len(self.host)} rows alone "
+                f"({type(error).__name__}: {error})",
+                hint="a budget that holds the whole batch",
+            ) from error
+
+    def value(self, key: Key, count: float | None) -> float:
+        """Return the loss of these rows as a number."""
+        with torch.no_grad():
+            value = self.run(key, count).item()
+        return 0.0 if math.isnan(value) and len(key) == 1 else value  # 0 / 0 adds nothing
+
+    def see(self, key: Key) -> Seen:
+        """Return what their loss is made of."""
+        with watching(self.model) as seen:
+            self.run(key, None)
+        return seen
+
+    def terms(
+        self,
+        keys: list[Key],
+        count: float | None,
+        routing: Routing | None,
+        *,
+        split: bool,
+    ) -> Terms | None:
+        """Count what the terms of the loss are divided by over these groups; None without any."""
+        if routing is None and not split:
+            return None
+        return Terms.survey(
+            self.model,
+            [functools.partial(self.run, key, count) for key in keys],
+            [attention_mask(self.inputs(key)) for key in keys],
+            routing=routing,
+            split=split,
+        )
+
+    def gradients(
+        self, terms: Terms | None, key: Key, count: float | None, minus: float | None = None
+    ) -> tuple[Tensor, Tensor | float]:
+        """Return value and gradient of the loss without its terms, and of its terms' share."""
+        if terms is None:
+            if ("gradient", key, count) not in self._kept:
+                self._kept["gradient", key, count] = self._taken(self.run(key, count), key)
+            rest, share = self._kept["gradient", key, count], 0.0
+        else:
+            run = functools.partial(self.run, key, count)
+            loss, terms_loss = terms.parts(self.model, run, attention_mask(self.inputs(key)))
+            rest, share = self._taken(loss, key, keep=True), self._taken(terms_loss, key)
+        if minus is not None:
+            less, share_less = self.gradients(terms, key, minus)
+            rest, share = rest - less, share - share_less
+        return rest, share
+
+    def _taken(self, loss: Tensor, key: Key, *, keep: bool = False) -> Tensor:
+        """Return the value of a loss and a sample of its gradient, float64 on the CPU."""
+        self.num_run += 2 * self.num(key)
+        if loss.requires_grad:
+            loss.backward(retain_graph=keep)
+        value = loss.detach().double().cpu().reshape(1)
+        found = [value.nan_to_num() if len(key) == 1 else value]  # 0 / 0 adds nothing
+        for p in self.model.parameters():
+            if p.requires_grad:
+                step = p.numel() // SAMPLE | 1  # odd, so as not to stay in one column
+                grad, p.grad = p.grad, None
+                taken = torch.zeros(p.numel()) if grad is None else grad.to_dense().flatten()
+                found.append(taken[::step].double().cpu())
+        return torch.cat(found)
+
+
+def choose(host: HostBatch, tried: int) -> tuple[HostBatch, list[list[int]], list[int]]:
+    """Choose a row, two rows and the longest row, such that counters differ on them.
+
+    Short rows are cheap, and beside the longest they are padded. Without a label in the first row
+    its loss would be 0 / 0; one without in the second group tells rows with a label from rows.
+
+    Returns:
+        The rows chosen from, the random numbers of their collator drawn for good; the groups; and
+        the short rows, the widest first.
+    """
+    lengths = [length(example) for example in host]
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    for rows in (list(dict.fromkeys([*order[:tried], order[-1]])), order):
+        settled = host.settled(rows) if isinstance(host, Listed) else host
+        short = list(range(len(rows))) if settled is not host else rows
+        found = {row: counts(settled.take([row]), 1) for row in short}
+        labelled = [row for row in short if all(labels(found[row]))]
+        if len(labelled) > 1:
+            break
+    widths = {row: _num_elements(settled.take([row])) for row in short}
+    longest = max(short, key=widths.__getitem__)
+    best: tuple[int, list[list[int]]] = (-1, [])
+    for first in sorted(labelled or short, key=widths.__getitem__)[:4]:
+        others = [row for row in dict.fromkeys([*labelled, *short]) if row != first][:tried]
+        for pair in itertools.combinations(others, min(2, len(others))):
+            if len(labelled) > 1 and not any(row in labelled for row in pair):
+                continue
+            shares = set()
+            for name in found[first]:
+                rows = [found[row].get(name, 0.0) for row in (first, *pair)]
+                shares.add(round(rows[0] / sum(rows), 9) if sum(rows) else 0.0)
+            if len(shares) > best[0]:
+                best = (len(shares), [[first], list(pair)])
+    groups = best[1] or [[row] for row in short[:2]]
+    used = {row for group in groups for row in group}
+    if longest not in used:
+        groups.append([longest])
+    others = [row for row in short if row != longest]
+    return settled, groups, sorted(others, key=widths.__getitem__, reverse=True)
+
+
+def _num_elements(inputs: Any) -> int:
+    """Return how large collated inputs are; other rows may be padded by as much."""
+    return sum(leaf.numel() for _, leaf in named_leaves(inputs) if isinstance(leaf, Tensor))
+
+
+def labels(found: Mapping[str, float]) -> list[float]:
+    """Return the counts of labels among the counters of some rows."""
+    return [
+        n
+        for name, n in found.items()
+        if ("label" in name and name.startswith(("trained:", "shifted:")))
+        or name.startswith("in_range:")
+    ]
