@@ -13,9 +13,10 @@ from trl.trainer import utils
 
 import gradaccum
 from gradaccum.errors import BadInput, NotDecomposable
+from gradaccum.measured import Measured
 from tests import oracle
-from tests.hf_models import llama, prompts, token_rows, tokenizer
-from tests.trainers import build, logged, same
+from tests.hf_models import Record, llama, prompts, token_rows, tokenizer
+from tests.trainers import COMMON, build, logged, same
 
 
 @pytest.mark.parametrize("kind", ["hf", "sft"])
@@ -690,3 +691,72 @@ def test_foreign_dataloaders_are_refused(tmp_path):
         ours, _ = build(tmp_path, attach={"effective_batch_size": 4}, trainer=trainer)
         with pytest.raises(BadInput, match="makes batches of 2 where a step takes 4"):
             ours.train()
+
+
+def test_a_resumed_run_takes_the_contract_of_its_checkpoint(tmp_path, monkeypatch):
+    settings = {"save_strategy": "steps", "save_steps": 2, "num_train_epochs": 2}
+    whole, _ = build(tmp_path, attach=SMALL, **settings)
+    whole.train()
+    resumed, record = build(tmp_path, attach=SMALL, **settings)
+    measure = []
+    monkeypatch.setattr(Measured, "_measure", lambda *args, **given: measure.append(args))
+    resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
+    assert len(record.gradients) == 8 and not measure
+    assert resumed.accumulation.measured.contract == whole.accumulation.measured.contract
+    pairs = [dict(t.model.named_parameters()) for t in (resumed, whole)]
+    assert oracle.error(*pairs) == 0
+
+
+def test_a_contract_of_another_loss_is_not_taken(tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 2}
+    first, _ = build(tmp_path, attach=SMALL, **settings)
+    first.train()
+    kept = first.state.stateful_callbacks["SameBatch"]["attributes"]["contract"]
+    assert kept["name"] == "the loss of LlamaForCausalLM" and kept["counted"]
+    other = Measured(lambda model, x, count: model(**x).loss, name="another loss")
+    same_batch = next(
+        c for c in first.callback_handler.callbacks if type(c).__name__ == "SameBatch"
+    )
+    same_batch.restore(other)
+    assert other.contract is None
+
+
+def test_seq2seq_with_generation(tmp_path):
+    config = transformers.T5Config(
+        vocab_size=64, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, dropout_rate=0.0,
+        pad_token_id=0, eos_token_id=1, decoder_start_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    net = transformers.T5ForConditionalGeneration(config)
+    rows = token_rows(16).map(lambda row: {"labels": row["labels"][: 1 + len(row["labels"]) // 2]})
+    texts = []
+    args = transformers.Seq2SeqTrainingArguments(
+        **COMMON | {"max_grad_norm": 0.0, "learning_rate": 0.0},
+        output_dir=str(tmp_path),
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=4,
+        per_device_eval_batch_size=3,
+        predict_with_generate=True,
+        generation_max_length=5,
+        train_sampling_strategy="sequential",
+    )
+    record = Record()
+    ours = transformers.Seq2SeqTrainer(
+        net,
+        args,
+        data_collator=transformers.DataCollatorForSeq2Seq(tokenizer(), label_pad_token_id=-100),
+        train_dataset=rows,
+        eval_dataset=rows,
+        compute_metrics=lambda found: texts.append(found.predictions) or {},
+        callbacks=[record],
+        processing_class=tokenizer(),
+    )
+    gradaccum.attach(ours, budget=gradaccum.Budget(examples=3))
+    expected = full_gradient(ours, net, rows.select(range(8)))
+    whole = ours.data_collator([dict(row) for row in rows])
+    ours.train()
+    assert oracle.error(record.gradients[0], expected) <= 1e-6
+    with torch.no_grad():
+        loss = net.eval()(**whole).loss.item()
+    assert ours.evaluate()["eval_loss"] == pytest.approx(loss, rel=1e-6)
+    assert texts and texts[0].shape[0] == 16
