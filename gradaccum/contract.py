@@ -162,7 +162,7 @@ class Probe:
     def _is_counted(self) -> bool:
         """Tell whether the loss is S / count, but for what a huge count leaves."""
         union = self.rows.unions[0]
-        first, again = self.rows.value(union, None), self.rows.value(union, None)
+        first, again = self.rows.value(union, None), self.rows.value_again(union, None)
         if not math.isfinite(first):
             raise BadInput(
                 f"{self.rows.name} is {first} on {self.rows.num(union)} examples before the first "

@@ -108,10 +108,15 @@ class Rows:
             ) from error
 
     def value(self, key: Key, count: float | None) -> float:
-        """Return the loss of these rows as a number."""
+        """Return the loss of these rows as a number, run once."""
+        if ("value", key, count) not in self._kept:
+            self._kept["value", key, count] = self.value_again(key, count)
+        return self._kept["value", key, count]
+
+    def value_again(self, key: Key, count: float | None) -> float:
+        """Return the loss of these rows as a number, run now."""
         with torch.no_grad():
-            value = self.run(key, count).item()
-        return 0.0 if math.isnan(value) and len(key) == 1 else value  # 0 / 0 adds nothing
+            return _number(self.run(key, count), key)
 
     def see(self, key: Key) -> Seen:
         """Return what their loss is made of."""
@@ -144,7 +149,9 @@ class Rows:
         """Return value and gradient of the loss without its terms, and of its terms' share."""
         if terms is None:
             if ("gradient", key, count) not in self._kept:
-                self._kept["gradient", key, count] = self._taken(self.run(key, count), key)
+                loss = self.run(key, count)
+                self._kept["value", key, count] = _number(loss, key)
+                self._kept["gradient", key, count] = self._taken(loss, key)
             rest, share = self._kept["gradient", key, count], 0.0
         else:
             run = functools.partial(self.run, key, count)
@@ -160,8 +167,7 @@ class Rows:
         self.num_run += 2 * self.num(key)
         if loss.requires_grad:
             loss.backward(retain_graph=keep)
-        value = loss.detach().double().cpu().reshape(1)
-        found = [value.nan_to_num() if len(key) == 1 else value]  # 0 / 0 adds nothing
+        found = [torch.tensor([_number(loss, key)], dtype=torch.float64)]
         for p in self.model.parameters():
             if p.requires_grad:
                 step = p.numel() // SAMPLE | 1  # odd, so as not to stay in one column
@@ -169,6 +175,12 @@ class Rows:
                 taken = torch.zeros(p.numel()) if grad is None else grad.to_dense().flatten()
                 found.append(taken[::step].double().cpu())
         return torch.cat(found)
+
+
+def _number(loss: Tensor, key: Key) -> float:
+    """Return a loss; of rows without a label, 0 / 0, what it adds to that of others: nothing."""
+    value = loss.detach().double().item()
+    return 0.0 if math.isnan(value) and len(key) == 1 else value
 
 
 def choose(host: HostBatch, tried: int) -> tuple[HostBatch, list[list[int]], list[int]]:

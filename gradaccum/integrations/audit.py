@@ -49,6 +49,13 @@ class _Stop(TrainerCallback):
         raise _Complete
 
 
+class _Contract(SameBatch):
+    """Keep a contract over several runs: it is of one loss, and measuring it takes its time."""
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+
 @contextmanager
 def trainer_subject(trainer: Trainer, examples: Sequence[Any] | None) -> Iterator[Subject]:
     """Yield a trainer as something that can be audited; on leaving it is as it was.
@@ -72,12 +79,13 @@ def trainer_subject(trainer: Trainer, examples: Sequence[Any] | None) -> Iterato
     if not isinstance(chosen, (list, tuple)) or not chosen:
         raise BadInput(f"a trainer is verified on a list of examples, not {type(chosen).__name__}")
     is_attached, is_models = isinstance(trainer, Attached), _is_models_loss(trainer)
+    contract = _Contract()
     with _undisturbed_beside(model):
         yield Subject(
             name=f"{'attached ' * is_attached}{type(trainer).__name__} of {_loss_name(trainer)}",
             model=model,
             num_examples=len(chosen),
-            run=lambda cut: _train(trainer, chosen, cut),
+            run=lambda cut: _train(trainer, chosen, cut, contract=contract),
             full=lambda rows: _one_pass(trainer, chosen, rows),
             reference=lambda: MODELS if is_models else OWN,
             take=lambda rows: trainer.data_collator([chosen[i] for i in rows]),
@@ -95,7 +103,12 @@ def _first(trainer: Trainer) -> list[Any]:
 
 
 def _train(
-    trainer: Trainer, examples: Sequence[Any], cut: Cut, *, step: Step | None = None
+    trainer: Trainer,
+    examples: Sequence[Any],
+    cut: Cut,
+    *,
+    step: Step | None = None,
+    contract: "_Contract | None" = None,
 ) -> None:
     """Run one step of training on the rows of the cut, in their order.
 
@@ -105,6 +118,7 @@ def _train(
         cut: Those of each micro-batch.
         step: Runs one micro-batch, instead of the trainer's own `training_step`; then a trainer
             that is attached runs as if it were not.
+        contract: Keeps how the loss of an attached trainer is reduced from one cut to the next.
     """
     sizes = tuple(map(len, cut))
     if sizes != chunks(sum(sizes), sizes[0]):
@@ -115,6 +129,7 @@ def _train(
     twin = _twin(trainer, [examples[i] for rows in cut for i in rows], sizes)
     if isinstance(twin, Attached) and step is None:
         _recut(twin, sizes)
+        twin.callback_handler.callbacks.append(contract or _Contract())
     if step is not None:
         twin.__class__ = _own_class(trainer)
         twin.training_step = functools.partial(step, twin)
@@ -156,7 +171,7 @@ def _twin(trainer: Trainer, rows: list[Any], sizes: tuple[int, ...]) -> Any:
     twin.model_init = twin.neftune_noise_alpha = None
     twin.optimizer = twin.lr_scheduler = None
     twin.control = TrainerControl()
-    callbacks = [DefaultFlowCallback(), _Stop(), *[SameBatch()] * isinstance(trainer, Attached)]
+    callbacks = [DefaultFlowCallback(), _Stop()]
     twin.callback_handler = CallbackHandler(
         callbacks, trainer.model, trainer.processing_class, None, None
     )
