@@ -90,8 +90,7 @@ class Measured:
         """
         try:
             contract = self._known(model, host, micros, inputs)
-        except NotDecomposable as refusal:
-            self._refusal = refusal
+        except NotDecomposable:
             if len(micros) == 1:
                 return self._whole(micros, inputs)
             raise
@@ -106,13 +105,13 @@ class Measured:
         self, model: nn.Module, host: HostBatch, micros: list[Micro], inputs: tuple[Any, ...]
     ) -> Contract | None:
         """Return the contract, measured if need be; None if nothing is trained here."""
-        if self._refusal is not None:
-            raise self._refusal
-        if len(host) == 1:
-            raise NotDecomposable("one example does not tell how a loss is reduced")
-        if len(micros) == 1 and (_observed(model) or batch_norms(model)):
-            raise NotDecomposable("forwards of a few rows would change the model")
-        contract = self.contract or self._measure(model, host)
+        contract = self.contract
+        if contract is None:
+            if len(host) == 1:
+                raise NotDecomposable("one example does not tell how a loss is reduced")
+            if len(micros) == 1 and (_observed(model) or batch_norms(model)):
+                raise NotDecomposable("forwards of a few rows would change the model")
+            contract = self._measure(model, host)
         if contract is not None and self._differ(contract, micros, inputs):
             contract = self._measure(model, host, tried=32)
             if contract is not None and self._differ(contract, micros, inputs):
@@ -152,8 +151,14 @@ class Measured:
         return self._counts(inputs, num_rows, known.counters).get(known.counters[0])
 
     def _measure(self, model: nn.Module, host: HostBatch, *, tried: int = 8) -> Contract | None:
-        with self._probing(model, host, tried=tried) as probe:
-            return probe.contract()
+        if self._refusal is not None:  # found once: not asked again at every step
+            raise self._refusal
+        try:
+            with self._probing(model, host, tried=tried) as probe:
+                return probe.contract()
+        except NotDecomposable as refusal:
+            self._refusal = refusal
+            raise
 
     @contextmanager
     def _probing(self, model: nn.Module, host: HostBatch, *, tried: int = 8) -> Iterator[Probe]:
@@ -166,9 +171,11 @@ class Measured:
                 probe = Probe(
                     rows, self.takes_count, self.own_count is not None, self._precision(model)
                 )
-                with _noticing_autocast(model, probe):
-                    yield probe
-                self.num_rows += rows.num_run
+                try:
+                    with _noticing_autocast(model, probe):
+                        yield probe
+                finally:
+                    self.num_rows += rows.num_run
         finally:
             for p, grad in gradients:
                 p.grad = grad

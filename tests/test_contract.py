@@ -273,3 +273,33 @@ def test_from_mean_measures_by_default():
     step = accumulator.backward(ROWS)
     assert step.num_micros > 3 and step.unit == "trained tokens"
     assert oracle.error(oracle.left_in(net), expected) <= 1e-12
+
+
+def test_a_batch_of_one_row_is_exact_before_and_after_the_contract_is_known():
+    net = model()
+    measured = Measured(lambda net, x, count: nll(net, x), takes_count=False)
+    accumulator = gradaccum.Accumulator(
+        net, measured.objective(), budget=gradaccum.Budget(examples=3), collate=collated
+    )
+    for rows in (ROWS[:1], ROWS, ROWS[2:3], ROWS[::-1]):
+        expected = full(net, nll, rows)
+        accumulator.backward(rows)
+        assert oracle.error(oracle.left_in(net), expected) <= 1e-12
+        net.zero_grad()
+
+
+def test_what_was_refused_is_not_measured_at_every_step_of_one_micro_batch():
+    net = model()
+    measured = Measured(lambda net, x, count: in_batch(net, x), takes_count=False)
+    accumulator = gradaccum.Accumulator(
+        net, measured.objective(), budget=gradaccum.Budget(examples=8), collate=collated
+    )
+    accumulator.backward(ROWS)
+    net.zero_grad()
+    num_rows = measured.num_rows
+    accumulator.backward(ROWS)
+    net.zero_grad()
+    assert measured.num_rows == num_rows > 0
+    accumulator.budget = gradaccum.Budget(examples=4)
+    with pytest.raises(NotDecomposable, match="in-batch negatives"):
+        accumulator.backward(ROWS)
