@@ -17,7 +17,7 @@ from gradaccum.batch import HostBatch, Listed
 from gradaccum.counters import counts
 from gradaccum.errors import GradaccumError, NotDecomposable
 from gradaccum.objective import length
-from gradaccum.reductions import Routing, Seen, Terms, attention_mask, watching
+from gradaccum.reductions import Routing, Seen, Terms, attention_mask, slopes, watching
 from gradaccum.trees import named_leaves
 
 Key = tuple[int, ...]
@@ -121,7 +121,9 @@ class Rows:
     def see(self, key: Key) -> Seen:
         """Return what their loss is made of."""
         with watching(self.model) as seen:
-            self.run(key, None)
+            loss = self.run(key, None)
+        if seen.router_loss is not None and not slopes(loss, [seen.router_loss])[0].any():
+            seen.router_loss = None  # it is told, but not a part of the loss
         return seen
 
     def terms(

@@ -82,6 +82,16 @@ def test_what_does_not_decompose_is_refused(name, variant, cause):
     assert error > 1e-5
 
 
+def test_a_small_router_loss_beside_a_mean_is_not_missed_in_float32():
+    found = measure(head("PhimoeForCausalLM", "router loss"), torch.float32)
+    assert max(error for _, error in found["ours"].values()) < 1e-6
+
+
+def test_a_row_with_a_huge_loss_does_not_hide_that_others_depend_on_their_padding():
+    found = measure(head("TapasForQuestionAnswering", "ragged padding"), torch.float32)
+    assert "depend on each other" in found["ours"]["A"] and found["stock"]["A"][1] > 0.01
+
+
 def test_heads_are_of_many_kinds():
     names = class_names()
     assert len(names) == len(set(names)) > 900

@@ -7,6 +7,7 @@ here each batch is weighed by what its loss is a mean over.
 import copy
 import logging
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,6 +30,8 @@ class Evaluated(Trainer):
     """Weigh the losses of evaluated batches; a part of `hf.Attached`."""
 
     accumulation: Accumulation
+    _measured: Callable[[nn.Module], Measured]
+    _evaluated: list[tuple[Tensor, float | None]]  # loss and weight of each batch
 
     def evaluation_loop(
         self,
@@ -39,7 +42,7 @@ class Evaluated(Trainer):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         # The trainer's mean of batch means depends on how large its batches are.
-        self._evaluated: list[tuple[Tensor, float | None]] = []
+        self._evaluated = []
         self._look_at(dataloader)
         output = super().evaluation_loop(
             dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
@@ -97,6 +100,3 @@ class Evaluated(Trainer):
         """Return what the loss of an evaluated batch is a mean over; None if that is not known."""
         found = self.accumulation.evaluating
         return None if found is None else found.mean_weight(inputs, count_rows(inputs, 1))
-
-    def _measured(self, model: nn.Module) -> Measured:
-        raise NotImplementedError
