@@ -102,16 +102,16 @@ class Probe:
             return None
         self.counted = self._is_counted()
         given = [self.counted]
-        if self.counted and SUM in self._fitting(Contract(True, ()), 1.0, minus=HUGE):
+        if self.counted and SUM in self._fitting_sum(Contract(True, ())):
             given.append(False)  # a sum, but of several means that a count replaces
-        seen = rows.see(union)
-        route = routing(seen, attention_mask(rows.inputs(union)))
         for counted in given:
-            # Beside a mean a router's loss is too small to be missed; a huge count isolates it.
-            if counted or seen.router_loss is None:
+            # A router's loss is small beside a mean and would be missed; a huge count isolates it.
+            if counted or rows.see(union).router_loss is None:
                 found = self._fit(Contract(counted, ()))
                 if found is not None and self._hold(found):
                     return self._told_apart(found)
+        seen = rows.see(union)
+        route = routing(seen, attention_mask(rows.inputs(union)))
         for counted, routed, split in itertools.product(
             given, dict.fromkeys((route, None)), (False, True)
         ):
@@ -219,7 +219,7 @@ class Probe:
         if not tried.counted:
             names = self._fitting(tried, None)
             return replace(tried, counters=names) if names else None
-        if SUM not in self._fitting(tried, 1.0, minus=HUGE):
+        if SUM not in self._fitting_sum(tried):
             return None
         extra = None
         if self._has_extra(tried):
@@ -229,12 +229,18 @@ class Probe:
         names = self._divisors()
         return replace(tried, counters=names, extra=extra) if names else None
 
+    def _fitting_sum(self, tried: Contract) -> tuple[str, ...]:
+        """Return the counters that fit what the count divides."""
+        return self._fitting(
+            tried, 1.0, minus=HUGE if self._has_extra(Contract(True, ())) else None
+        )
+
     def _has_extra(self, tried: Contract) -> bool:
         """Tell whether something is left with a huge count, beside the terms that are known."""
         union = self.rows.unions[0]
-        rest, _ = self.rows.gradients(self._terms(tried, [union], HUGE), union, HUGE)
+        rest, _ = self._parts(self._terms(tried, [union], HUGE), union, HUGE)
         scale = abs(self.rows.value(union, 1.0)) / max(counts(self.rows.inputs(union), 1).values())
-        return abs(rest[0].item()) > 1e-6 * scale
+        return abs(rest) > 1e-6 * scale
 
     def _fitting(
         self, tried: Contract, count: float | None, *, minus: float | None = None
@@ -295,7 +301,7 @@ class Probe:
         union = self.rows.unions[0]
         keys = [(i,) for i in union]
         count, minus, what = None, None, self.rows.name
-        if self.counted and SUM not in self._fitting(Contract(True, ()), 1.0, minus=HUGE):
+        if self.counted and SUM not in self._fitting_sum(Contract(True, ())):
             count, minus = 1.0, HUGE
         elif self.counted:
             count, what = HUGE, f"a term of {self.rows.name} that the count does not divide"
