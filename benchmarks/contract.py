@@ -3,7 +3,7 @@
 python benchmarks/contract.py --out benchmarks/results/contract.json
 
 A run of `--steps` steps is timed step by step; the first holds the measurement, later ones what
-looks again at steps 1, 2, 4, ... Seconds of 100 steps are 100 medians of the steps that hold neither.
+looks again at steps 1, 2, 4, ... Seconds of 100 steps are 100 medians of those that hold neither.
 """
 
 import argparse

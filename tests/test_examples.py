@@ -38,6 +38,11 @@ def test_loops(name, capsys):
     assert capsys.readouterr().out.count(" micro-batches") == len(losses)
 
 
+def test_audit(capsys):
+    assert load("audit").main() == (False, True)
+    assert "missing division: gradient 8.00 times too large" in capsys.readouterr().out
+
+
 def test_lightning_module(capsys):
     pytest.importorskip("lightning")
     trainer = load("lightning_module").main()
