@@ -1,6 +1,6 @@
 """Train one step of every head class of transformers, stock and attached, against the full batch.
 
-python benchmarks/zoo.py --jobs 2 --out benchmarks/results/zoo.json --page docs/zoo.md
+python benchmarks/zoo.py --dtype both --jobs 2 --out benchmarks/results/zoo.json --page docs/zoo.md
 
 Rows of the effective batch: A is 2 rows x 4 micro-batches against 8 rows at once, B is 2, 2, 2, 1
 against 7 rows: the short last window of an epoch. What is measured is in `tests/zoo`. Records are
@@ -135,12 +135,16 @@ def write(records: list[Record], out: str | None, page: str | None) -> None:
     import transformers
 
     built = [r for r in records if "unbuilt" not in r]
-    figures = {
+    figures: dict[str, Any] = {
         "date": datetime.date.today().isoformat(),
-        "unbuilt": len(records) - len(built),
-        "plain": zoo_page.summary([r for r in built if not r["variant"]]),
-        "variants": zoo_page.summary([r for r in built if r["variant"]]),
+        "unbuilt": len({(r["name"], r["variant"]) for r in records if "unbuilt" in r}),
     }
+    for dtype in dict.fromkeys(r["asked"] for r in built):
+        own = [r for r in built if r["asked"] == dtype]
+        figures[dtype] = {
+            "plain": zoo_page.summary([r for r in own if not r["variant"]]),
+            "variants": zoo_page.summary([r for r in own if r["variant"]]),
+        }
     with tempfile.TemporaryDirectory() as folder:
         published = Path(folder) / "counts.json"
         publish(figures, str(published), transformers)
@@ -159,7 +163,9 @@ def rounded(value: Any) -> Any:
         return {key: rounded(part) for key, part in value.items() if key != "asked"}
     if isinstance(value, list):
         return [rounded(part) for part in value]
-    return float(f"{value:.5g}") if isinstance(value, float) else value
+    if isinstance(value, str):
+        return value[:120]
+    return float(f"{value:.3g}") if isinstance(value, float) else value
 
 
 def main() -> None:
