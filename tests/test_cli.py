@@ -116,7 +116,8 @@ def test_sigterm_saves_a_checkpoint_and_says_how_to_go_on(model_dir, data_file, 
         seen.append(line)
         if line.startswith("step 3/"):
             process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=60) == 128 + signal.SIGTERM
+    code = process.wait(timeout=60)
+    assert code == 128 + signal.SIGTERM, "".join(seen[-40:])
     assert "stopped by SIGTERM, saved" in seen[-2]
     saved = sorted(output.glob("checkpoint-*"))
     assert len(saved) == 1 and (saved[0] / "optimizer.pt").is_file()
