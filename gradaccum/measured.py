@@ -78,6 +78,7 @@ class Measured:
         self.contract: Contract | None = None
         self._refusal: NotDecomposable | None = None
         self.num_rows = 0  # that measuring has cost, in forwards of one row
+        self._num_batches = 0
 
     def resolve(
         self, model: nn.Module, host: HostBatch, micros: list[Micro], inputs: tuple[Any, ...]
@@ -88,6 +89,9 @@ class Measured:
             NotDecomposable: No weights give the gradient of the whole batch; it says why.
             BadInput: The loss is not finite on the rows measured.
         """
+        if _is_due(self._num_batches):
+            self.look_again(model, host)
+        self._num_batches += 1
         try:
             contract = self._known(model, host, micros, inputs)
         except NotDecomposable:
@@ -136,7 +140,7 @@ class Measured:
         """Forget the contract if it does not hold any more: it is then measured again.
 
         A term may be zero at first and grow: an annealed coefficient, a distance from the first
-        weights. This takes a few forwards of short rows.
+        weights. This takes a few forwards of short rows; `resolve` does it now and then.
         """
         if self.contract is not None and len(host) > 1:
             with self._probing(model, host, tried=3) as probe:
@@ -289,6 +293,11 @@ class Measured:
                 routing=routing,
                 split=split,
             )
+
+
+def _is_due(num_batches: int) -> bool:
+    """Tell whether to look again after so many: after 1, 2, 4, 8, ... and each 128."""
+    return num_batches.bit_count() == 1 or (num_batches > 0 and num_batches % 128 == 0)
 
 
 def from_mean(

@@ -14,7 +14,6 @@ import gradaccum
 from gradaccum.batch import Listed
 from gradaccum.errors import BadInput, NotDecomposable
 from gradaccum.integrations.accumulation import Cut
-from gradaccum.integrations.hf import _is_due
 from tests.hf_models import llama, token_rows, tokenizer
 from tests.trainers import build, same
 
@@ -230,9 +229,3 @@ def test_the_operations_of_any_inputs_can_be_asked_for(tmp_path):
     stock, _ = build(tmp_path)
     inputs = stock.data_collator([dict(stock.train_dataset[0])])
     assert ours.floating_point_ops(inputs) == stock.floating_point_ops(inputs) > 0
-
-
-def test_terms_that_begin_later_are_looked_for_again():
-    assert [step for step in range(1, 600) if _is_due(step)] == [
-        1, 2, 4, 8, 16, 32, 64, 128, 256, 384, 512,
-    ]  # fmt: skip

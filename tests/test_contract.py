@@ -9,7 +9,7 @@ import gradaccum
 from gradaccum.batch import Listed
 from gradaccum.counters import counts
 from gradaccum.errors import BadInput, NotDecomposable
-from gradaccum.measured import Measured
+from gradaccum.measured import Measured, _is_due, from_mean
 from gradaccum.padding import pad_collate
 from gradaccum.rows import choose
 from tests import oracle
@@ -225,14 +225,27 @@ def test_a_coupling_that_grows_is_noticed():
         losses = per_row(net, x)
         return losses.mean() + scale["of"] * losses.var(correction=0)
 
-    net = model()
-    measured, _ = accumulated(net, growing)
-    host = Listed(ROWS, collated)
-    measured.look_again(net, host)
-    assert measured.contract.counters[0] == "rows:"
+    budget = gradaccum.Budget(examples=2)
+    accumulator = gradaccum.Accumulator(
+        model(), from_mean(growing), budget=budget, collate=collated
+    )
+
+    def step():
+        accumulator.model.zero_grad()
+        accumulator.backward(ROWS)
+
+    for _ in range(3):
+        step()
     scale["of"] = 1.0
-    measured.look_again(net, host)
-    assert measured.contract is None
+    step()  # before the fourth nothing is due
+    with pytest.raises(NotDecomposable):
+        step()
+
+
+def test_terms_that_begin_later_are_looked_for_again():
+    assert [num for num in range(600) if _is_due(num)] == [
+        1, 2, 4, 8, 16, 32, 64, 128, 256, 384, 512,
+    ]  # fmt: skip
 
 
 def test_measuring_costs_few_rows_and_leaves_no_trace():

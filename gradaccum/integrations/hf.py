@@ -163,8 +163,6 @@ class Attached(Evaluated):
         accumulator.budget = accumulation.cut.budget_for(given.examples)
         batch = Listed(given.examples, self.data_collator, given.ready)
         assert accumulation.measured is not None, "made with the accumulator"
-        if _is_due(self.state.global_step):
-            accumulation.measured.look_again(model, batch)
         window = accumulator.prepare(batch)
         self._kept().keep(accumulation.measured)
         return window
@@ -297,11 +295,6 @@ def attach(
         mixin = importlib.import_module("gradaccum.integrations.trl").mixin(trainer)
     trainer.__class__ = type(own.__name__, (mixin, own), {"__module__": own.__module__})
     return trainer
-
-
-def _is_due(step: int) -> bool:
-    """Tell whether to look again for terms that begin at zero: at 1, 2, 4, 8, ... and each 128."""
-    return step.bit_count() == 1 or step % 128 == 0
 
 
 @contextmanager
