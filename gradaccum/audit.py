@@ -5,6 +5,7 @@ functions: one that runs an effective batch in micro-batches, and one that runs 
 """
 
 import contextlib
+import copy
 import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from gradaccum.diagnosis import diagnose
-from gradaccum.errors import BadInput
+from gradaccum.errors import BadInput, GradaccumError
 from gradaccum.measures import dot, norm, relative_error, rounding
 from gradaccum.restore import dropping, gradients_aside
 from gradaccum.state import without_dropout
@@ -29,6 +30,7 @@ from gradaccum.weights import Cut, Evidence, Fit, fit
 FLOORS, UNITS = 20, 16
 # Above this, two orders of the same rows differ by more than rounding does in 32 bits and more.
 UNORDERED = 1e-3
+ONE_BY_ONE, UNFIT = "gradaccum's engine one example at a time", "the full batch does not fit"
 SUM_OF_MEANS = "the means of the micro-batches are added up and never divided by their number"
 
 
@@ -42,8 +44,10 @@ class Subject:
         num_examples: Examples in the effective batch.
         run: Runs the effective batch in these micro-batches.
         full: Runs these examples in one pass: the reference.
-        reference: Says what the reference is, asked once it has run.
+        reference: What the reference is.
         take: Collates some examples, for looking at their labels.
+        alone: Runs these examples one at a time through our own engine, on the model or on a copy
+            of it in float64: the reference where the full batch does not fit.
         is_own: The reference is `run` with one micro-batch, so that one needs no comparison.
         undivided: Why nothing divides by the number of micro-batches, where that is found.
         remedy: What to do about a wrong weight.
@@ -54,8 +58,9 @@ class Subject:
     num_examples: int
     run: Callable[[Cut], object]
     full: Callable[[Sequence[int]], object]
-    reference: Callable[[], str]
+    reference: str
     take: Callable[[Sequence[int]], Any]
+    alone: Callable[[nn.Module, Sequence[int]], object] | None = None
     is_own: bool = True
     undivided: str = SUM_OF_MEANS
     remedy: str = "divide by the weight of the whole effective batch, or use gradaccum.Accumulator"
@@ -86,7 +91,8 @@ def audit(subject: Subject, splits: Iterable[Sequence[int]] | None = None) -> Ve
 
     Takes two passes over the effective batch (the full batch in both orders of its rows) and one
     for each split; what is not exact takes up to one more for each split, to find the weights of
-    the micro-batches. On the host: the weights, and three gradients in float64.
+    the micro-batches; what does not fit one more, in float64. On the host: the weights, and three
+    gradients in float64.
 
     Raises:
         BadInput: A split does not hold all examples; the full batch has no gradient.
@@ -136,6 +142,8 @@ class _Audit:
         self._watch = Watch(subject.model)
         self._rows = tuple(range(subject.num_examples))
         self._num_passes = 0.0
+        self._run_whole = subject.full
+        self._reference_name = subject.reference
         self._full: list[Tensor] = []
         self._random = self._unordered = 0.0
 
@@ -144,7 +152,7 @@ class _Audit:
         trace = self._whole()
         self._full = self._gradients(trace)
         self._refuse_empty(trace)
-        floor = self._floor(trace)
+        floor = max(self._floor(trace), self._widen())
         tolerance = max(FLOORS * floor, UNITS * self._eps())
         runs = [run for cut in self._cuts if (run := self._run(cut)) is not None]
         comparisons = tuple(run.comparison for run in runs)
@@ -166,7 +174,7 @@ class _Audit:
         )
         return Verdict(
             subject=subject.name,
-            reference=subject.reference(),
+            reference=self._reference_name,
             num_examples=subject.num_examples,
             comparisons=comparisons,
             floor=floor,
@@ -191,19 +199,52 @@ class _Audit:
         return _Run(cut, trace, self._compare(cut, gradients), _flat(gradients))
 
     def _whole(self) -> Trace:
-        """Run the full batch; where it does not fit, say so outside of the except block."""
+        """Run the full batch, by our own engine one example at a time where it does not fit."""
+        with contextlib.suppress(torch.OutOfMemoryError):
+            return self._reference(self._rows)
+        # Outside of the except block, whose traceback keeps every activation alive.
+        num, alone = counted(len(self._rows), "example"), self._subject.alone
+        if alone is None:
+            raise BadInput(
+                f"the full batch of {num} does not fit into memory",
+                hint="pass objective=, and our engine runs it one by one; or fewer examples",
+            )
+        self._run_whole = functools.partial(alone, self._subject.model)
+        self._reference_name = f"{ONE_BY_ONE} in the model's own precision, as {UNFIT}"
         with contextlib.suppress(torch.OutOfMemoryError):
             return self._reference(self._rows)
         raise BadInput(
-            f"the full batch of {counted(len(self._rows), 'example')} does not fit into memory",
-            hint="pass objective=, and our engine runs it one example at a time; or fewer examples",
+            f"of {num}, not even one at a time fits into memory", hint="give shorter examples"
         )
+
+    def _widen(self) -> float:
+        """Take float64 for a reference that runs one by one; return by how much it differs.
+
+        What differs by more than rounding does is not the same function (a quantised weight, a
+        part that runs in 32 bits alone); that, what does not fit and what fails stays as it was.
+        """
+        alone = self._subject.alone
+        if self._run_whole is self._subject.full or alone is None:
+            return 0.0
+        self._num_passes += 1
+        # Out of memory is a RuntimeError.
+        with contextlib.suppress(RuntimeError, TypeError, GradaccumError):
+            model = copy.deepcopy(self._subject.model).double()
+            trace = Watch(model).run(functools.partial(alone, model, self._rows))
+            wide = self._gradients(trace)
+            error = relative_error(self._full, wide)
+            stored = rounding(self._subject.model, wide, trace.autocast)
+            if error <= max(UNORDERED, FLOORS * stored):
+                self._full = wide
+                self._reference_name = f"{ONE_BY_ONE} in float64, as {UNFIT}"
+                return error
+        return 0.0
 
     def _reference(self, rows: Sequence[int], *, seed: int | None = None) -> Trace:
         def work() -> None:
             if seed is not None:
                 torch.manual_seed(seed)
-            self._subject.full(rows)
+            self._run_whole(rows)
 
         self._num_passes += len(rows) / len(self._rows)
         return self._watch.run(work)

@@ -65,6 +65,11 @@ def to_device(tree: Any, device: torch.device) -> Any:
     return map_tensors(tree, move)
 
 
+def widened(tree: Any) -> Any:
+    """Return the tree with its floating-point tensors in float64."""
+    return map_tensors(tree, lambda leaf: leaf.double() if leaf.is_floating_point() else leaf)
+
+
 def map_tensors(tree: Any, function: Callable[[Tensor], Any]) -> Any:
     """Return the tree with `function` applied to every tensor; all other leaves stay."""
     return map_leaves(tree, lambda leaf: function(leaf) if isinstance(leaf, Tensor) else leaf)

@@ -16,7 +16,7 @@ from gradaccum.batch import Collate, Collated, HostBatch, Listed, as_batch
 from gradaccum.engine import Accumulator
 from gradaccum.errors import BadInput
 from gradaccum.objective import Objective
-from gradaccum.trees import to_device
+from gradaccum.trees import to_device, widened
 from gradaccum.types import Budget
 from gradaccum.verdict import Verdict
 from gradaccum.weights import Cut
@@ -57,13 +57,16 @@ def verify(
         batch: A list of examples or a collated batch; for a Trainer by default the first eight
             examples of its data.
         splits: Sizes of micro-batches; by default one at a time, pairs, and a short last one.
-        objective: The reference is our own engine with this objective, on the full batch or, where
-            that does not fit, on one example at a time. By default it is the loop's own result for
-            the batch as one micro-batch, for a Trainer the loss without `num_items_in_batch`.
+        objective: The reference is our own engine with this objective. By default it is the loop's
+            own result for the batch as one micro-batch, for a Trainer the loss without
+            `num_items_in_batch`. Where the full batch does not fit into memory, it is our engine
+            on one example at a time, in float64 if that fits and the model runs in it; for a loop
+            this takes an objective.
         collate: Turns a list of examples into a micro-batch; `pad_collate` if not given.
 
     Raises:
-        BadInput: An argument is missing or wrong, or the full batch has no gradient.
+        BadInput: An argument is missing or wrong; the full batch has no gradient, or does not fit
+            and there is no objective.
 
     Example:
         >>> def mean_of_means(model, micro_batches):
@@ -98,7 +101,7 @@ def _subject(
     if isinstance(host, Listed):
         host = host.settled(range(len(host)))
     device = next(model.parameters(), torch.empty(0)).device
-    engine = None if objective is None else Engine(model, objective, host)
+    one_by_one = objective or (loop.objective if isinstance(loop, Accumulator) else None)
 
     def take(rows: Sequence[int]) -> Any:
         return to_device(host.take(rows), device)
@@ -109,41 +112,36 @@ def _subject(
         else:
             loop(model, [take(rows) for rows in cut])
 
-    def own(rows: Sequence[int]) -> None:
-        run((tuple(rows),))
+    def full(rows: Sequence[int]) -> None:
+        if objective is None:
+            run((tuple(rows),))
+        else:
+            engine = Accumulator(model, objective, budget=Budget(examples=1))
+            _accumulate(engine, host, rows, len(rows))
+
+    def alone(given: nn.Module, rows: Sequence[int]) -> None:
+        assert one_by_one is not None, "else it is not handed on"
+        engine = Accumulator(given, one_by_one, budget=Budget(examples=1))
+        _accumulate(engine, host if given is model else _widened(host), rows, 1)
 
     return Subject(
         name=getattr(loop, "__qualname__", type(loop).__name__).rpartition(".")[2],
         model=model,
         num_examples=len(host),
         run=run,
-        full=engine or own,
-        reference=lambda: "its own full batch" if engine is None else str(engine),
+        full=full,
+        reference="its own full batch" if objective is None else "gradaccum's engine in one pass",
         take=host.take,
-        is_own=engine is None,
+        alone=None if one_by_one is None else alone,
+        is_own=objective is None,
     )
 
 
-class Engine:
-    """Run rows through our own engine: in one pass, or one by one where they do not fit."""
-
-    def __init__(self, model: nn.Module, objective: Objective, host: HostBatch) -> None:
-        self._accumulator = Accumulator(model, objective, budget=Budget(examples=1))
-        self._host = host
-        self._fits = True
-
-    def __call__(self, rows: Sequence[int]) -> None:
-        if self._fits:
-            try:
-                return _accumulate(self._accumulator, self._host, rows, len(rows))
-            except torch.OutOfMemoryError:
-                self._fits = False
-        # Outside of the except block, whose traceback keeps every activation alive.
-        return _accumulate(self._accumulator, self._host, rows, 1)
-
-    def __str__(self) -> str:
-        how = "in one pass" if self._fits else "one example at a time, as the batch does not fit"
-        return f"gradaccum's engine {how}"
+def _widened(host: HostBatch) -> HostBatch:
+    """Return the batch as a model in float64 takes it."""
+    if isinstance(host, Listed):
+        return Listed(list(host), lambda examples: widened(host._collate(examples)))
+    return Collated(widened(host.take(range(len(host)))), trim=False)
 
 
 def _accumulate(accumulator: Accumulator, host: HostBatch, rows: Sequence[int], size: int) -> None:

@@ -259,25 +259,76 @@ def test_a_closure_is_looked_into():
     assert wrong.names == ("constant factor",)
 
 
-def test_a_batch_that_does_not_fit_is_run_by_our_engine_one_by_one():
+def failing(rows, wide_fails=False):
+    """Return a summed loss that runs out of memory above so many rows, or in float64."""
+
     def summed(model, micro):
-        if len(micro["x"]) > 3:
+        if len(micro["x"]) > rows or (wide_fails and micro["x"].dtype is torch.float64):
             raise torch.OutOfMemoryError("too many rows")
         return (model(micro["x"]) - micro["y"]).square().sum()
 
-    objective = Objective(summed, lambda micro: len(micro["y"]))
+    return Objective(summed, lambda micro: len(micro["y"]))
 
+
+class Doubling(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) * (2 if x.dtype is torch.float64 else 1)
+
+
+def batch_of_8(dtype=torch.float32):
+    return {"x": torch.randn(8, 3, dtype=dtype), "y": torch.randn(8, 1, dtype=dtype)}
+
+
+def loop_of(objective, divisor=8):
     def loop(model, micros):
         for micro in micros:
-            (summed(model, micro) / 8).backward()
+            (objective.loss(model, micro) / divisor).backward()
 
-    net = nn.Linear(3, 1)
-    batch = {"x": torch.randn(8, 3), "y": torch.randn(8, 1)}
-    splits = [(2, 2, 2, 2), (3, 3, 2)]
+    return loop
+
+
+SPLITS = [(2, 2, 2, 2), (3, 3, 2)]
+
+
+@pytest.mark.parametrize(
+    ("net", "wide_fails", "precision"),
+    [
+        (nn.Linear(3, 1), False, "in float64"),
+        (nn.Linear(3, 1), True, "in the model's own precision"),
+        (Doubling(3, 1), False, "in the model's own precision"),
+    ],
+    ids=["fits", "float64 does not fit", "another function in float64"],
+)
+def test_a_batch_that_does_not_fit_is_run_by_our_engine_one_by_one(net, wide_fails, precision):
+    objective, batch = failing(3, wide_fails), batch_of_8()
     with pytest.raises(BadInput, match=r"8 examples does not fit.*\n\nhint: pass objective="):
-        verify(loop, net, batch, splits=splits)
-    verdict = assert_exact(loop, net, batch, splits=splits, objective=objective)
-    assert "one example at a time, as the batch does not fit" in verdict.reference
+        verify(loop_of(objective), net, batch, splits=SPLITS)
+    before = copy.deepcopy(net.state_dict())
+    verdict = assert_exact(loop_of(objective), net, batch, splits=SPLITS, objective=objective)
+    assert f"one example at a time {precision}, as the full batch does not" in verdict.reference
+    assert verdict.tolerance < 1e-5
+    _assert_same(dict(net.state_dict()), dict(before))
+    assert all(p.grad is None for p in net.parameters())
+    wrong = verify(loop_of(objective, 2), net, batch, splits=SPLITS, objective=objective)
+    assert wrong.names == ("constant factor",)
+    assert "4.00 times too large" in str(wrong)
+
+
+@pytest.mark.parametrize("listed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_accumulator_whose_full_batch_does_not_fit_needs_no_objective(listed, dtype):
+    net = nn.Linear(3, 1, dtype=dtype)
+    accumulator = gradaccum.Accumulator(net, failing(3), budget=gradaccum.Budget(examples=2))
+    batch = batch_of_8(dtype)
+    if listed:
+        batch = [{"x": x, "y": y} for x, y in zip(batch["x"], batch["y"], strict=True)]
+    assert "in float64" in assert_exact(accumulator, batch=batch, splits=SPLITS).reference
+
+
+def test_an_example_that_does_not_fit_is_said():
+    objective = failing(0)
+    with pytest.raises(BadInput, match="of 8 examples, not even one at a time fits into memory"):
+        verify(loop_of(objective), nn.Linear(3, 1), batch_of_8(), objective=objective)
 
 
 def test_two_optimizers_that_step_once_each_are_no_alarm():

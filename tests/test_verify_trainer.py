@@ -55,6 +55,36 @@ def test_the_same_trainer_is_exact_once_attached(trap):
     assert_exact(gradaccum.attach(trap.make().loop))
 
 
+def short_of_memory(trainer, rows):
+    """Let the trainer's model run out of memory above so many rows."""
+
+    def before(module, args, kwargs):
+        if len(kwargs["input_ids"]) > rows:
+            raise torch.OutOfMemoryError("too many rows")
+
+    trainer.model.register_forward_pre_hook(before, with_kwargs=True)
+    return trainer
+
+
+@pytest.mark.parametrize("kind", ["hf", "sft"])
+@pytest.mark.parametrize("attach", [None, {}], ids=["stock", "attached"])
+def test_a_full_batch_that_does_not_fit(tmp_path, kind, attach):
+    trainer = short_of_memory(build(tmp_path, kind, attach=attach)[0], 3)
+    before = copy.deepcopy(trainer.model.state_dict())
+    verdict = assert_exact(trainer, splits=[(2, 2, 2, 2), (3, 3, 2)])
+    assert "one example at a time in float64, as the full batch" in verdict.reference
+    assert verdict.tolerance < 1e-5
+    assert all(torch.equal(before[key], value) for key, value in trainer.model.state_dict().items())
+
+
+def test_a_wrong_trainer_whose_full_batch_does_not_fit():
+    trap = next(trap for trap in trainers() if trap.expected == "missing division")
+    trainer = short_of_memory(trap.make().loop, 3)
+    verdict = verify(trainer, splits=[(2, 2, 2, 2)])
+    assert verdict.names == ("missing division",)
+    assert "in float64" in verdict.reference
+
+
 class Count(TrainerCallback):
     def __init__(self):
         self.calls = 0

@@ -26,10 +26,11 @@ from gradaccum.batch import Listed
 from gradaccum.contract import Contract
 from gradaccum.errors import BadInput, GradaccumError
 from gradaccum.integrations.accumulation import SameBatch
-from gradaccum.integrations.hf import Attached
+from gradaccum.integrations.hf import Attached, attach
 from gradaccum.measured import Measured
 from gradaccum.restore import gradients_aside
 from gradaccum.state import undisturbed
+from gradaccum.trees import widened
 from gradaccum.types import Budget
 from gradaccum.weights import Cut
 
@@ -87,8 +88,9 @@ def trainer_subject(trainer: Trainer, examples: Sequence[Any] | None) -> Iterato
             num_examples=len(chosen),
             run=lambda cut: _train(trainer, chosen, cut, contract=contract),
             full=lambda rows: _one_pass(trainer, chosen, rows),
-            reference=lambda: MODELS if is_models else OWN,
+            reference=MODELS if is_models else OWN,
             take=lambda rows: trainer.data_collator([chosen[i] for i in rows]),
+            alone=lambda model, rows: _alone(trainer, chosen, rows, model, contract),
             is_own=not is_models and not is_attached,
             undivided=_undivided(trainer, chosen),
             remedy="trainer = gradaccum.attach(trainer)",
@@ -128,16 +130,47 @@ def _train(
         )
     twin = _twin(trainer, [examples[i] for rows in cut for i in rows], sizes)
     if isinstance(twin, Attached) and step is None:
-        _recut(twin, sizes)
-        twin.callback_handler.callbacks.append(contract or _Contract())
+        _recut(twin, sizes, contract)
     if step is not None:
         twin.__class__ = _own_class(trainer)
         twin.training_step = functools.partial(step, twin)
+    _run(twin)
+
+
+def _alone(
+    trainer: Trainer,
+    examples: Sequence[Any],
+    rows: Sequence[int],
+    model: nn.Module,
+    contract: "_Contract",
+) -> None:
+    """Run these examples one at a time as an attached trainer does, on a given model.
+
+    Args:
+        trainer: Is not run itself, but a copy, which is attached if the trainer is not.
+        examples: All examples.
+        rows: Those that run.
+        model: That of the trainer, or a copy of it in float64.
+        contract: As for `_train`.
+    """
+    sizes = (1,) * len(rows)
+    twin = _twin(trainer, [examples[i] for i in rows], sizes)
+    if not isinstance(twin, Attached):
+        attach(twin)
+    _recut(twin, sizes, contract)
+    if model is not trainer.model:
+        prepared = twin._prepare_inputs
+        twin.model = twin.model_wrapped = model
+        twin._prepare_inputs = lambda inputs: widened(prepared(inputs))
+    _run(twin)
+
+
+def _run(twin: Any) -> None:
     try:
         twin.train()
     except _Complete:
         return
-    raise BadInput(f"{type(trainer).__name__} made no optimizer step on {len(examples)} examples")
+    raise BadInput(f"{type(twin).__name__} made no optimizer step on its examples")
 
 
 def _one_pass(trainer: Trainer, examples: Sequence[Any], rows: Sequence[int]) -> None:
@@ -188,8 +221,9 @@ def _own_accelerator(accelerator: Accelerator) -> Accelerator:
     return own
 
 
-def _recut(twin: Any, sizes: tuple[int, ...]) -> None:
+def _recut(twin: Any, sizes: tuple[int, ...], contract: "_Contract | None") -> None:
     """Let an attached trainer take all rows as one step, in micro-batches of this size."""
+    twin.callback_handler.callbacks.append(contract or _Contract())
     own = twin.accumulation = copy.copy(twin.accumulation)
     own.begin()
     own.effective_batch_size = sum(sizes)
