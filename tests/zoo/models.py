@@ -30,8 +30,8 @@ class KeepDouble(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func is Tensor.float and args[0].dtype is torch.float64:
-            return args[0]
+        if func is Tensor.float:  # of positions too, which models multiply with float64
+            return args[0].double()
         wide = [torch.float64 if arg is torch.float32 else arg for arg in args]
         named = {k: torch.float64 if v is torch.float32 else v for k, v in (kwargs or {}).items()}
         return func(*wide, **named)
