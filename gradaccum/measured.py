@@ -143,7 +143,7 @@ class Measured:
         weights. This takes a few forwards of short rows; `resolve` does it now and then.
         """
         if self.contract is not None and len(host) > 1:
-            with self._probing(model, host, tried=3) as probe:
+            with self._probing(model, host, 3) as probe:
                 if not probe.holds(self.contract):
                     self.contract = None
 
@@ -157,21 +157,27 @@ class Measured:
     def _measure(self, model: nn.Module, host: HostBatch, *, tried: int = 8) -> Contract | None:
         if self._refusal is not None:  # found once: not asked again at every step
             raise self._refusal
-        try:
-            with self._probing(model, host, tried=tried) as probe:
-                return probe.contract()
-        except NotDecomposable as refusal:
-            self._refusal = refusal
-            raise
+        for with_longest in (True, False):  # two rows of its length may not fit
+            try:
+                with self._probing(model, host, tried, with_longest=with_longest) as probe:
+                    return probe.contract()
+            except NotDecomposable as refusal:
+                self._refusal = refusal
+                raise
+            except torch.OutOfMemoryError:
+                if not with_longest:
+                    raise
 
     @contextmanager
-    def _probing(self, model: nn.Module, host: HostBatch, *, tried: int = 8) -> Iterator[Probe]:
+    def _probing(
+        self, model: nn.Module, host: HostBatch, tried: int, *, with_longest: bool = True
+    ) -> Iterator[Probe]:
         gradients = [(p, p.grad) for p in model.parameters()]
         try:
             for p, _ in gradients:
                 p.grad = None
             with self.aside(model):
-                rows = Rows(model, self.loss, host, self.name, tried)
+                rows = Rows(model, self.loss, host, self.name, tried, with_longest)
                 probe = Probe(
                     rows, self.takes_count, self.own_count is not None, self._precision(model)
                 )

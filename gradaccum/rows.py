@@ -38,6 +38,7 @@ class Rows:
         host: Where the rows are taken from.
         name: What the loss is called in messages.
         tried: From how many short rows to choose.
+        with_longest: Whether the longest row may be one of them, beside a short one.
     """
 
     model: nn.Module
@@ -45,11 +46,14 @@ class Rows:
     host: HostBatch
     name: str
     tried: int
+    with_longest: bool = True
     num_run: int = 0  # forwards, counted by row; those with a backward count three times
     _kept: dict[Any, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.host, self.groups, short = choose(self.host, self.tried)
+        if not self.with_longest:
+            del self.groups[2:]
         self.unions = [(0, 1), (0, 2)][: len(self.groups) - 1]
         # Each short row beside the widest of them: padding may change some rows and not others.
         begin = len(self.groups)

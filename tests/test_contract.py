@@ -259,6 +259,19 @@ def test_measuring_costs_few_rows_and_leaves_no_trace():
     assert all(torch.equal(p, b) for p, b in zip(net.parameters(), before, strict=True))
 
 
+def test_measuring_does_without_the_longest_row_where_two_of_its_length_do_not_fit():
+    def short_of_memory(net, x):
+        if x["input_ids"].numel() > max(LENGTHS):
+            raise torch.OutOfMemoryError("too many tokens")
+        return nll(net, x)
+
+    net = model()
+    expected = full(net, nll)
+    measured, found = accumulated(net, short_of_memory, size=1)
+    assert measured.contract.counters[0] == "shifted:labels"
+    assert oracle.error(found, expected) <= 1e-12
+
+
 def test_the_rows_chosen_tell_counters_apart():
     rows = [{"input_ids": [1] * n, "labels": [-100] * m + [1] * (n - m)} for n, m in
             [(4, 2), (4, 2), (4, 2), (5, 0), (6, 2), (20, 2)]]  # fmt: skip
