@@ -18,16 +18,20 @@ import datasets
 import torch
 import transformers
 import trl
-from common import publish
+from common import publish, timed
 from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 import gradaccum
 from gradaccum.cli import embedded
+from gradaccum.measured import Measured
 
 warnings.filterwarnings("ignore")
 transformers.logging.set_verbosity_error()
 datasets.disable_progress_bars()
+
+
+MEASURING = [timed(Measured, "_measure"), timed(Measured, "look_again")]
 
 
 class Clock(TrainerCallback):
@@ -152,16 +156,21 @@ def main():
     batches = drawn_batches(probe, options.steps)
     contenders["bound"] = Bound(net, probe.train_dataset, batches)
 
-    seconds = {name: [] for name in contenders}
+    seconds, measuring = {name: [] for name in contenders}, {name: [] for name in contenders}
     gradients, tokens = {}, {}
     for round_ in range(options.rounds + 1):  # the first warms up
         names = list(contenders)
         first = round_ % len(names)  # each runs after another one in every round
         for name in names[first:] + names[:first]:
+            for spent in MEASURING:
+                spent.clear()
             taken, gradients[name], tokens[name] = contenders[name].run()
+            once = sum(map(sum, MEASURING))
+            each = (sum(taken) - once) / len(taken)
             if round_:
-                seconds[name].append(sum(taken) / len(taken))
-            print(f"round {round_} {name}: {sum(taken) / len(taken):.2f} s a step", flush=True)
+                seconds[name].append(each)
+                measuring[name].append(once)
+            print(f"round {round_} {name}: {each:.2f} s a step", flush=True)
 
     rows = {}
     for name, times in seconds.items():
@@ -174,6 +183,7 @@ def main():
             "trained_tokens_per_second": round(
                 tokens[name] / options.steps / statistics.median(times)
             ),
+            "measuring_seconds_of_a_run": round(statistics.median(measuring[name]), 3),
             "gradient_difference": float(f"{difference:.1e}"),
         }
     if "stock 2x16" in rows:

@@ -13,7 +13,7 @@ import time
 
 import transformers
 import trl
-from common import publish
+from common import publish, timed
 from datasets import Dataset
 from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
@@ -36,20 +36,6 @@ class Clock(TrainerCallback):
         self.seconds.append(time.perf_counter() - self.begin)
 
 
-def timed(name: str, spent: dict[str, list[float]]) -> None:
-    """Time a method of Measured."""
-    own = getattr(Measured, name)
-
-    def run(self, *args, **given):
-        begin = time.perf_counter()
-        try:
-            return own(self, *args, **given)
-        finally:
-            spent.setdefault(name, []).append(time.perf_counter() - begin)
-
-    setattr(Measured, name, run)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--steps", type=int, default=12)
@@ -57,9 +43,7 @@ def main() -> None:
     options = parser.parse_args()
     pairs = embedded.functions(limit=1000)
     tokenizer = embedded.tokenizer(pair["prompt"] + pair["completion"] for pair in pairs)
-    spent: dict[str, list[float]] = {}
-    timed("_measure", spent)
-    timed("look_again", spent)
+    measured, looked = timed(Measured, "_measure"), timed(Measured, "look_again")
     clock = Clock()
     trainer = SFTTrainer(
         model=embedded.model(tokenizer),
@@ -80,7 +64,7 @@ def main() -> None:
     trainer.train()
     quiet = [s for i, s in enumerate(clock.seconds) if i & (i - 1)]  # neither 0, 1, 2, 4, 8
     hundred = 100 * statistics.median(quiet)
-    measuring, looking = sum(spent["_measure"]), statistics.median(spent["look_again"])
+    measuring, looking = sum(measured), statistics.median(looked)
     num_rows = trainer.accumulation.measured.num_rows
     begin = time.perf_counter()
     verdict = gradaccum.verify(trainer)
