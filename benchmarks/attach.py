@@ -2,8 +2,8 @@
 
 One process, one contender after the other in every round, in an order that turns, so that a slow
 minute of the machine hits all of them. Same model, data, optimizer and effective batch of 32; every
-`train()` starts from the same weights and takes the same examples. What an attached trainer takes to
-measure its loss, once in a run, is given apart: it would be a tenth of six steps.
+`train()` starts from the same weights and takes the same examples. What an attached trainer takes
+to measure its loss, once in a run, is given apart: it would be a tenth of six steps.
 
     python benchmarks/attach.py --rounds 5 --steps 6 --out benchmarks/results/attach.json
 """

@@ -14,6 +14,7 @@ batch whose images or patches are not laid out in rows has to come as a list of 
 
 import copy
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -22,7 +23,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from gradaccum.errors import BadInput
-from gradaccum.padding import pad_collate, useful_columns
+from gradaccum.padding import are_padded, pad_collate, useful_columns
 from gradaccum.trees import count_rows, map_leaves, named_leaves, rebuild
 
 Collate = Callable[[list[Any]], Any]
@@ -152,7 +153,7 @@ def as_batch(batch: Any, collate: Collate | None, *, trim: bool = False) -> Host
         return batch
     is_examples = isinstance(batch, Sequence) and (collate is not None or not _is_collated(batch))
     if is_examples:
-        host = Listed(batch, collate or pad_collate)
+        host = Listed(batch, collate or functools.partial(pad_collate, masked=are_padded(batch)))
     else:
         host = Collated(tuple(batch) if isinstance(batch, list) else batch, trim=trim)
     if not len(host):

@@ -17,7 +17,7 @@ import itertools
 import math
 from dataclasses import dataclass, replace
 
-from gradaccum.counters import ROWS, counts, describe
+from gradaccum.counters import CLAMPED, ROWS, counts, describe
 from gradaccum.errors import BadInput, NotDecomposable
 from gradaccum.fitting import best_weights, fit, is_nothing
 from gradaccum.reductions import Routing, Seen, Terms, attention_mask, routing
@@ -44,6 +44,7 @@ class Contract:
         extra: What a term that the count does not divide is averaged over; None: there is none.
         routing: How a router's load-balancing loss in it is taken from the router's logits.
         split: It joins means over different things, and each is divided by its own.
+        repeated: Lines that take several of these means, and how many.
     """
 
     counted: bool
@@ -51,6 +52,12 @@ class Contract:
     extra: str | None = None
     routing: Routing | None = None
     split: bool = False
+    repeated: tuple[tuple[str, int], ...] = ()
+
+    @property
+    def is_sum(self) -> bool:
+        """Return whether it is divided by nothing."""
+        return self.counters[:1] == (SUM,)
 
     @property
     def first(self) -> str:
@@ -58,11 +65,12 @@ class Contract:
         return str(replace(self, counters=self.counters[:1]))
 
     def __str__(self) -> str:
-        over = " or ".join(map(describe, self.counters))
+        plain = [name for name in self.counters if not name.endswith(CLAMPED)]
+        over = " or ".join(map(describe, plain or self.counters))
         if self.counted:
             parts = [f"a sum divided by num_items_in_batch (counting {over})"]
         else:
-            parts = ["a sum" if self.counters == (SUM,) else f"a mean over {over}"]
+            parts = ["a sum" if self.is_sum else f"a mean over {over}"]
         if self.split:
             parts.append("means over other counts, each divided by its own")
         if self.extra is not None:
@@ -104,55 +112,90 @@ class Probe:
         given = [self.counted]
         if self.counted and SUM in self._fitting_sum(Contract(True, ())):
             given.append(False)  # a sum, but of several means that a count replaces
+        seen = rows.see(union)
+        is_weighted = any(mean.weighted for mean in seen.means)
         for counted in given:
             # A router's loss is small beside a mean and would be missed; a huge count isolates it.
-            if counted or rows.see(union).router_loss is None:
-                found = self._fit(Contract(counted, ()))
-                if found is not None and self._hold(found):
+            # Weights of classes show only where rows of several classes are.
+            if counted or (seen.router_loss is None and not is_weighted):
+                found = self._holding(self._fit(Contract(counted, ())))
+                if found is not None:
                     return self._told_apart(found)
-        seen = rows.see(union)
         route = routing(seen, attention_mask(rows.inputs(union)))
         for counted, routed, split in itertools.product(
             given, dict.fromkeys((route, None)), (False, True)
         ):
             if (routed is not None or split) and not (split and not seen.means):
-                found = self._fit(Contract(counted, (), routing=routed, split=split))
-                if found is not None and self._hold(found):
-                    return found
+                tried = Contract(counted, (), routing=routed, split=split)
+                found = self._holding(self._fit(tried))
+                if found is not None:
+                    several = [(call, n) for call, n in seen.calls().items() if n > 1]
+                    return replace(found, repeated=tuple(several) if split else ())
         raise self._refusal(seen)
 
     def holds(self, contract: Contract) -> bool:
         """Tell whether the values of the loss still agree with a contract."""
-        if contract.split or contract.routing is not None or contract.extra is not None:
-            return True
-        if contract.counted and self._has_extra(contract):
+        is_plain = not contract.split and contract.routing is None and contract.extra is None
+        if contract.counted and is_plain and self._has_extra(contract):
             return False
-        return self._adds_up(contract, self.rows.unions[0])
+        return bool(self._adding_up(contract, self.rows.unions[0]))
 
-    def _hold(self, contract: Contract) -> bool:
-        holds = all(self._adds_up(contract, pair) for pair in self.rows.pairs)
-        self.is_odd |= not holds
-        return holds
+    def _holding(self, contract: Contract | None) -> Contract | None:
+        """Return the contract with the counters by which more rows add up as well, or None."""
+        if contract is None:
+            return None
+        for groups in self.rows.beside:
+            names = self._adding_up(contract, groups)
+            if not names:
+                self.is_odd = True
+                return None
+            contract = replace(contract, counters=names)
+        # Rows without anything to count were seen to add nothing, whatever they are divided by.
+        kept = tuple(
+            name
+            for name in contract.counters
+            if (plain := name.removesuffix(CLAMPED)) == name
+            or plain not in contract.counters
+            or not self.rows.is_empty(plain)
+        )
+        return replace(contract, counters=kept)
 
     def _terms(self, tried: Contract, keys: list[Key], count: float | None) -> Terms | None:
         return self.rows.terms(keys, count, tried.routing, split=tried.split)
 
-    def _adds_up(self, contract: Contract, pair: tuple[int, int]) -> bool:
-        """Tell whether the values of two groups give that of both together."""
-        if contract.extra is not None:  # added once and not twice
-            return True
-        count, keys = 1.0 if contract.counted else None, [(i,) for i in pair]
-        weights = self.rows.shares(keys).get(SUM if contract.counted else contract.counters[0])
-        whole, terms = self.rows.value(pair, count), self._terms(contract, keys, count)
+    def _adding_up(self, contract: Contract, groups: Key) -> tuple[str, ...]:
+        """Return the counters by which the values of some groups give that of all together."""
+        count, keys = 1.0 if contract.counted else None, [(i,) for i in groups]
+        known = self.rows.shares(keys)
+        whole, terms = self.rows.value(groups, count), self._terms(contract, keys, count)
         parts = [self._parts(terms, key, count) for key in keys]
-        if weights is None or not any(map(any, parts)):
-            return True
+        if contract.extra is not None:  # what the count does not divide, by its own count
+            extra = [self.rows.value(key, HUGE) for key in keys]
+            own = known.get(contract.extra, [0.0] * len(keys))
+            parts = [
+                (rest - e, share + e * w)
+                for (rest, share), e, w in zip(parts, extra, own, strict=True)
+            ]
+        if not any(map(any, parts)):
+            return contract.counters
+        if contract.counted:
+            return contract.counters if self._are_sum(groups, whole, parts, known[SUM]) else ()
+        return tuple(
+            name
+            for name in contract.counters
+            if name not in known or self._are_sum(groups, whole, parts, known[name])
+        )
+
+    def _are_sum(
+        self, groups: Key, whole: float, parts: list[tuple[float, float]], weights: list[float]
+    ) -> bool:
+        """Tell whether the weighted parts add up to the whole."""
         shares = [w * rest + share for w, (rest, share) in zip(weights, parts, strict=True)]
-        tolerance = self._value_tolerance(pair)
+        tolerance = self._value_tolerance(groups[-2:])
         if self.precision == "low":
             return abs(whole - sum(shares)) <= tolerance * abs(whole)
         # A row with a loss of 10,000 must not hide what happens to one with a loss of 1.
-        least = min(abs(share) for share in shares if share)
+        least = min((abs(share) for share in shares if share), default=0.0)
         allowed = tolerance * least + 8 * EPS[self.precision] * abs(whole)
         return abs(whole - sum(shares)) <= allowed
 
@@ -318,7 +361,10 @@ class Probe:
         elif seen.router_loss is not None:
             cause = "it has a router's load-balancing loss, a product of means over the batch"
         elif self.is_odd:
-            cause = "its rows depend on each other (padding changes some of them, and not all)"
+            cause = (
+                "its rows depend on each other (padding changes some of them and not all, or the "
+                "loss takes a part of them)"
+            )
         elif minus is None and off <= RESIDUAL[self.precision]:
             cause = f"it weighs them {' : '.join(f'{w:.4g}' for w in best)}, by no known count"
         else:

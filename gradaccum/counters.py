@@ -14,6 +14,8 @@ from gradaccum.trees import named_leaves
 from gradaccum.types import IGNORE_INDEX
 
 ROWS = "rows:"
+CLAMPED = "|1"  # how a counter ends that is at least 1, as what is divided by clamp(count, min=1)
+UNCLAMPED = ("rows", "elements", "finite")  # never 0
 
 
 def _first_dimension(labels: Tensor) -> Tensor:
@@ -50,9 +52,7 @@ KINDS: dict[str, tuple[str, Callable[[Any, Mapping[str, Any]], Any]]] = {
     ),
     "nonzero": (
         "values in {} that are not 0",
-        lambda x, _: (
-            (x != 0).sum() if isinstance(x, Tensor) and not x.is_floating_point() else None
-        ),
+        lambda x, _: (x != 0).sum() if isinstance(x, Tensor) else None,
     ),
     "not_negative": (
         "values in {} that are not negative",
@@ -71,6 +71,10 @@ KINDS: dict[str, tuple[str, Callable[[Any, Mapping[str, Any]], Any]]] = {
         lambda x, _: (
             x.isfinite().sum() if isinstance(x, Tensor) and x.is_floating_point() else None
         ),
+    ),
+    "total": (
+        "the sum of {}",
+        lambda x, _: x.double().sum() if _is_summed(x) else None,
     ),
     "elements": ("elements of {}", lambda x, _: x.numel() if isinstance(x, Tensor) else None),
     "listed": (
@@ -96,32 +100,53 @@ def counts(inputs: Any, num_rows: int, names: Collection[str] | None = None) -> 
         names: Only these; by default all.
     """
     given = _given(inputs)
-    found = {ROWS: float(num_rows)} if names is None or ROWS in names else {}
+    plain = None if names is None else {name.removesuffix(CLAMPED) for name in names}
+    found = {ROWS: float(num_rows)} if plain is None or ROWS in plain else {}
     for kind, (_, counter) in KINDS.items():
         for key in sorted(given, key=lambda key: "label" not in key):
             name = f"{kind}:{key}"
-            if name in names if names is not None else _is_tried(kind, key):
+            if name in plain if plain is not None else _is_tried(kind, key):
                 value = counter(given[key], given)
                 if value is not None:
                     found[name] = float(value)
-    return found
+    clamped = {
+        name + CLAMPED: max(1.0, value)
+        for name, value in found.items()
+        if name.partition(":")[0] not in UNCLAMPED
+    }
+    return {name: n for name, n in (found | clamped).items() if names is None or name in names}
 
 
 def describe(name: str) -> str:
     """Return a counter in words: "labels in labels that are not -100"."""
-    kind, _, key = name.partition(":")
+    kind, _, key = name.removesuffix(CLAMPED).partition(":")
     if name == ROWS or kind not in KINDS:
         return kind
-    return KINDS[kind][0].format(key)
+    return KINDS[kind][0].format(key) + (" (at least 1)" if name.endswith(CLAMPED) else "")
 
 
-def _given(inputs: Any) -> Mapping[str, Any]:
-    return inputs if isinstance(inputs, Mapping) else dict(named_leaves(inputs))
+def _given(inputs: Any, path: str = "") -> dict[str, Any]:
+    """Return the leaves by their paths, such as "labels", "target.boxes" or, in a tuple, "1"."""
+    if isinstance(inputs, Mapping):
+        parts = [(str(name), value) for name, value in inputs.items()]
+    elif isinstance(inputs, tuple):
+        parts = [(str(i), value) for i, value in enumerate(inputs)]
+    else:
+        return {path: inputs}
+    found: dict[str, Any] = {}
+    for name, value in parts:
+        found |= _given(value, f"{path}.{name}" if path else name)
+    return found
 
 
 def _is_ids(value: Any) -> bool:
     """Tell whether a value may be labels: whole numbers."""
     return isinstance(value, Tensor) and value.ndim > 0 and value.dtype in (torch.long, torch.int)
+
+
+def _is_summed(value: Any) -> bool:
+    """Tell whether a value may hold lengths or weights; of flags, the sum is what is not 0."""
+    return isinstance(value, Tensor) and value.dtype != torch.bool and not value.is_complex()
 
 
 def _attended(labels: Any, inputs: Mapping[str, Any], begin: int) -> Tensor | None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from gradaccum.batch import HostBatch
 from gradaccum.contract import OWN, Contract, Probe
-from gradaccum.counters import counts, describe
+from gradaccum.counters import CLAMPED, counts, describe
 from gradaccum.errors import BadInput, NotDecomposable
 from gradaccum.objective import (
     Number,
@@ -35,6 +35,7 @@ from gradaccum.trees import count_rows, to_device
 from gradaccum.types import Micro
 
 Loss = Callable[[nn.Module, Any], Tensor]
+TRIED = 32  # rows among which to look for some that tell counters apart
 
 
 @contextmanager
@@ -53,7 +54,8 @@ class Measured:
             several times on the same inputs, so it must not change them.
         name: What the loss is called in messages.
         takes_count: Whether it is given a count at all.
-        own_count: Counts what the loss is to be divided by, where that is not the loss's choice.
+        own_count: Counts what the loss is to be divided by, where that is not the loss's choice;
+            None where these inputs hold nothing to count.
         aside: Keeps what runs inside out of the training.
         is_low: The loss is computed in less than its parameters' dtype says (TF32), so that rows
             alone and in a batch differ by rounding. Autocast is noticed.
@@ -65,7 +67,7 @@ class Measured:
         *,
         name: str = "the loss",
         takes_count: bool = True,
-        own_count: Callable[[Any], Number] | None = None,
+        own_count: Callable[[Any], float | None] | None = None,
         aside: Callable[..., AbstractContextManager[None]] = quiet,
         is_low: bool = False,
     ) -> None:
@@ -116,10 +118,11 @@ class Measured:
             if len(micros) == 1 and (_observed(model) or batch_norms(model)):
                 raise NotDecomposable("forwards of a few rows would change the model")
             contract = self._measure(model, host)
-        if contract is not None and self._differ(contract, micros, inputs):
-            contract = self._measure(model, host, tried=32)
-            if contract is not None and self._differ(contract, micros, inputs):
-                listed = ", or over ".join(map(describe, contract.counters))
+        if contract is not None and (odd := self._odd(contract, micros, inputs)):
+            contract = self._measure(model, host, tried=TRIED, prefer=odd)
+            if contract is not None and self._odd(contract, micros, inputs):
+                plain = [name for name in contract.counters if not name.endswith(CLAMPED)]
+                listed = ", or over ".join(map(describe, plain[:3]))
                 raise NotDecomposable(
                     f"this batch does not tell what {self.name} is a mean over: {listed}",
                     hint="shuffle the data, so that its rows differ",
@@ -143,44 +146,45 @@ class Measured:
         weights. This takes a few forwards of short rows; `resolve` does it now and then.
         """
         if self.contract is not None and len(host) > 1:
-            with self._probing(model, host, 3) as probe:
+            with self._probing(model, host, tried=3) as probe:
                 if not probe.holds(self.contract):
                     self.contract = None
 
     def mean_weight(self, inputs: Any, num_rows: int) -> float | None:
         """Return the weight of a batch whose loss was taken without a count; None if unknown."""
         known = self.contract
-        if known is None or known.split or known.routing or known.extra or SUM in known.counters:
+        if known is None or known.split or known.routing or known.extra or known.is_sum:
             return None
         return self._counts(inputs, num_rows, known.counters).get(known.counters[0])
 
-    def _measure(self, model: nn.Module, host: HostBatch, *, tried: int = 8) -> Contract | None:
+    def _measure(
+        self, model: nn.Module, host: HostBatch, *, tried: int = 8, prefer: Sequence[int] = ()
+    ) -> Contract | None:
         if self._refusal is not None:  # found once: not asked again at every step
             raise self._refusal
-        for with_longest in (True, False):  # two rows of its length may not fit
+        for is_tight in (False, True):
             try:
-                with self._probing(model, host, tried, with_longest=with_longest) as probe:
+                chosen = {"tried": tried, "prefer": prefer, "is_tight": is_tight}
+                with self._probing(model, host, **chosen) as probe:
                     return probe.contract()
             except NotDecomposable as refusal:
                 self._refusal = refusal
                 raise
             except torch.OutOfMemoryError:
-                if not with_longest:
+                if is_tight:
                     raise
 
     @contextmanager
-    def _probing(
-        self, model: nn.Module, host: HostBatch, tried: int, *, with_longest: bool = True
-    ) -> Iterator[Probe]:
+    def _probing(self, model: nn.Module, host: HostBatch, **chosen: Any) -> Iterator[Probe]:
         gradients = [(p, p.grad) for p in model.parameters()]
+        versions = {name: p._version for name, p in model.named_parameters()}
         try:
             for p, _ in gradients:
                 p.grad = None
             with self.aside(model):
-                rows = Rows(model, self.loss, host, self.name, tried, with_longest)
-                probe = Probe(
-                    rows, self.takes_count, self.own_count is not None, self._precision(model)
-                )
+                rows = Rows(model, self.loss, host, self.name, **chosen)
+                own = self.own_count is not None and self.own_count(rows.inputs((0,))) is not None
+                probe = Probe(rows, self.takes_count, own, self._precision(model))
                 try:
                     with _noticing_autocast(model, probe):
                         yield probe
@@ -189,6 +193,12 @@ class Measured:
         finally:
             for p, grad in gradients:
                 p.grad = grad
+            for name, p in model.named_parameters():
+                if p._version != versions[name]:
+                    raise BadInput(
+                        f"a forward of {self.name} writes into the parameter {name}",
+                        hint="run one batch through the model before, if that initialises it",
+                    )
 
     def _precision(self, model: nn.Module) -> str:
         dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
@@ -197,45 +207,83 @@ class Measured:
 
     def _whole(self, micros: list[Micro], inputs: tuple[Any, ...]) -> Resolved:
         """Return the loss of one micro-batch that holds the whole effective batch, as it is."""
-        count = None if self.own_count is None else float(self.own_count(inputs[0]))
+        count = None if self.own_count is None else self.own_count(inputs[0])
         num = float(len(micros[0].examples))
         return _resolved([self._times(num, count=count)], [num], "rows")
 
     def _counts(self, inputs: Any, num_rows: int, names: Collection[str]) -> dict[str, float]:
         found = counts(inputs, num_rows, names)
         if OWN in names and self.own_count is not None:
-            found[OWN] = float(self.own_count(inputs))
+            found[OWN] = self.own_count(inputs) or 0.0
         return found
 
-    def _differ(self, contract: Contract, micros: list[Micro], inputs: tuple[Any, ...]) -> bool:
-        """Tell whether counters that agreed so far give other weights to these micro-batches."""
-        names = contract.counters
-        if len(names) == 1:
-            return False
-        found = [
-            self._counts(part, len(micro.examples), names)
+    def _odd(
+        self, contract: Contract, micros: list[Micro], inputs: tuple[Any, ...]
+    ) -> tuple[int, ...]:
+        """Return some examples to which counters that agreed so far give other weights; or none."""
+        if len(contract.counters) == 1:
+            return ()
+        columns = [self._factors(contract, name, micros, inputs)[0] for name in contract.counters]
+        off = [
+            max(abs(n - first) for n in row) / max(1.0, abs(first))
+            for first, *row in zip(*columns, strict=True)
+        ]
+        most = max(range(len(off)), key=off.__getitem__)
+        return micros[most].examples[:TRIED] if off[most] > 1e-9 else ()
+
+    def _factors(
+        self, contract: Contract, name: str, micros: Sequence[Micro], inputs: tuple[Any, ...]
+    ) -> tuple[list[float], list[float]]:
+        """Return by how much the loss of each micro-batch counts, and what a counter counts in it.
+
+        With a count only the sum of all counts matters, so that stands for each.
+        """
+        plain = name.removesuffix(CLAMPED)
+        num = [
+            self._counts(part, len(micro.examples), (plain,)).get(plain, 0.0)
             for micro, part in zip(micros, inputs, strict=True)
         ]
-        columns = [[row.get(name, 0.0) for row in found] for name in names]
-        if not contract.counted:  # then only their ratios matter
-            columns = [[n / (sum(column) or 1.0) for n in column] for column in columns]
-        return any(math.dist(columns[0], column) > 1e-9 for column in columns)
+        if name == SUM:
+            return [1.0] * len(num), num
+        least = 1.0 if plain != name else 0.0
+        total = max(least, sum(num))
+        if contract.counted:
+            return [total] * len(num), num
+        return [max(least, n) / (total or 1.0) for n in num], num
 
     def _resolved(
         self, contract: Contract, model: nn.Module, micros: list[Micro], inputs: tuple[Any, ...]
     ) -> Resolved:
         name, rows = contract.counters[0], [float(len(micro.examples)) for micro in micros]
-        num = [
-            self._counts(part, len(micro.examples), (name,)).get(name, 0.0)
-            for micro, part in zip(micros, inputs, strict=True)
-        ]
+        factor, num = self._factors(contract, name, micros, inputs)
         if contract.extra is not None or contract.routing is not None or contract.split:
-            return self._of_terms(contract, model, rows, num, inputs)
+            return self._of_terms(contract, model, rows, factor, inputs)
+        count, unit = (1.0 if contract.counted else None), _unit(name)
+        if contract.is_sum or name.endswith(CLAMPED) or self._is_left(contract, model, num, inputs):
+            # What has nothing to count adds to the loss all the same, and so must not weigh 0.
+            share = [1 / n if n else 1.0 for n in factor] if contract.counted else factor
+            return _resolved([self._times(s * sum(rows), count=count) for s in share], rows, "rows")
         if contract.counted:
-            return _resolved([self._times(1.0, count=1)] * len(num), num, _unit(name))
-        if name == SUM:
-            return _resolved([self._times(sum(rows))] * len(num), rows, "rows")
-        return _resolved([self._times(weight) for weight in num], num, _unit(name))
+            return _resolved([self._times(1.0, count=count)] * len(num), num, unit)
+        return _resolved([self._times(weight) for weight in num], num, unit)
+
+    def _is_left(
+        self, contract: Contract, model: nn.Module, num: list[float], inputs: tuple[Any, ...]
+    ) -> bool:
+        """Tell whether micro-batches with nothing to count have a part in a loss that has a count.
+
+        Otherwise what such rows do was measured (`_odd`).
+        """
+        if not contract.counted or not any(num):
+            return False
+        device = next(model.parameters()).device
+        for n, part in zip(num, inputs, strict=True):
+            if not n:
+                with self.aside(model), torch.no_grad():
+                    value = self.loss(model, to_device(part, device), 1.0).item()
+                if math.isfinite(value) and value:
+                    return True
+        return False
 
     def _times(self, factor: float, *, count: float | None = None) -> Loss:
         return lambda model, x: self.loss(model, x, count) * factor
@@ -245,7 +293,7 @@ class Measured:
         contract: Contract,
         model: nn.Module,
         rows: list[float],
-        num: list[float],
+        factor: list[float],
         inputs: tuple[Any, ...],
     ) -> Resolved:
         """Return losses that are each micro-batch's share of the whole loss, times all rows.
@@ -253,11 +301,9 @@ class Measured:
         With a count N the loss is S / N + E, and E a mean with the shares a: a (S / (W a) + E) is
         what one micro-batch adds to S / W + the mean of E.
         """
-        total = sum(num) or 1.0
-        count: list[float | None] = [None] * len(num)
-        factor = [1.0 if contract.counters == (SUM,) else weight / total for weight in num]
+        count: list[float | None] = [None] * len(rows)
         if contract.counted:
-            factor = [1.0] * len(num)
+            total, factor = factor[0] or 1.0, [1.0] * len(rows)
             if contract.extra is not None:
                 found = [
                     self._counts(part, round(n), (contract.extra,))[contract.extra]
@@ -288,6 +334,7 @@ class Measured:
         if routing is None and not split:
             return Terms(None, None, None, None)
         device = next(model.parameters()).device
+        repeated = dict(self.contract.repeated) if self.contract is not None else {}
         with self.aside(model, dropout=True):
             return Terms.survey(
                 model,
@@ -298,6 +345,7 @@ class Measured:
                 map(attention_mask, inputs),
                 routing=routing,
                 split=split,
+                repeated=repeated,
             )
 
 

@@ -2,7 +2,7 @@
 
 import functools
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,12 +31,16 @@ TRIMMED = (
 MASKS = ("attention_mask", "decoder_attention_mask")
 
 
-def pad_collate(examples: list[Any]) -> Any:
+def pad_collate(examples: list[Any], *, masked: bool = False) -> Any:
     """Collate examples: stack what is equal in shape, pad what is ragged, list the rest.
 
     Numbers and sequences of numbers become tensors. Ragged token sequences are padded on the
     right: labels with -100, all others with 0; where `input_ids` are padded and have no
     `attention_mask`, one is added. Ragged tensors of more than one dimension stay a list.
+
+    Args:
+        examples: Those of one micro-batch.
+        masked: Whether to add the mask in any case, as others of the same batch are padded.
 
     Example:
         >>> long, short = [5, 6], [7]
@@ -54,14 +58,21 @@ def pad_collate(examples: list[Any]) -> Any:
                 hint="pass collate= to say how to batch them",
             )
         padded = {key: _pad(key, [example[key] for example in examples]) for key in first}
-        if "input_ids" in padded and "attention_mask" not in padded:
+        if masked or are_padded(examples):
             ones = [torch.ones(len(example["input_ids"]), dtype=torch.long) for example in examples]
-            if len({len(one) for one in ones}) > 1:
-                padded["attention_mask"] = _pad("attention_mask", ones)
+            padded["attention_mask"] = _pad("attention_mask", ones)
         return padded
     if isinstance(first, tuple):
         return rebuild(first, [_pad("", list(c)) for c in zip(*examples, strict=True)])
     return _pad("", examples)
+
+
+def are_padded(examples: Sequence[Any]) -> bool:
+    """Tell whether `pad_collate` pads the `input_ids` of these examples and adds their mask."""
+    first = examples[0] if len(examples) else None
+    if not isinstance(first, Mapping) or "input_ids" not in first or "attention_mask" in first:
+        return False
+    return len({len(e["input_ids"]) for e in examples if "input_ids" in e}) > 1
 
 
 def _pad(key: str, values: list[Any]) -> Any:

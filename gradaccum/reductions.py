@@ -8,9 +8,12 @@ Because the loss is linear in them, d loss / d term times term is what each cont
 
 import inspect
 import math
+import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -63,11 +66,15 @@ class Mean:
         value: The mean, shape ().
         denominator: What it was divided by, shape ().
         classes: Between how many classes a cross entropy decides; 0 for others.
+        weighted: Whether it was divided by weights of classes, which no count of inputs tells.
+        call: Where the call is, by the files and lines that led to it.
     """
 
     value: Tensor
     denominator: Tensor
     classes: int
+    weighted: bool
+    call: str
 
 
 class Reductions(TorchFunctionMode):
@@ -89,8 +96,23 @@ class Reductions(TorchFunctionMode):
                 denominator = torch.as_tensor(found, device=result.device)
                 # A mean over nothing is nan, and adds nothing.
                 result = torch.where(denominator == 0, torch.zeros_like(result), result)
-                self.found.append(Mean(result, denominator, _num_classes(func, bound.arguments)))
+                classes = _num_classes(func, bound.arguments)
+                weighted = bound.arguments.get("weight") is not None and classes > 0
+                self.found.append(Mean(result, denominator, classes, weighted, _call()))
         return result
+
+
+def _call() -> str:
+    """Return the lines outside of torch that led here, from our own caller on."""
+    frame, lines = sys._getframe(1), []
+    while frame is not None:
+        module = frame.f_globals.get("__name__", "")
+        if module.startswith("gradaccum.") and module != __name__:
+            break
+        if not module.startswith("torch.") and module != __name__:
+            lines.append(f"{module}:{frame.f_lineno}")
+        frame = frame.f_back
+    return " ".join(lines)
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +159,19 @@ class Seen:
     means: list[Mean] = field(default_factory=list)
     router_loss: Tensor | None = None
     router_logits: tuple[Tensor, ...] = ()
+
+    def named(self) -> list[tuple[tuple[str, int], Mean]]:
+        """Return the means, each with its call and how often that was made before."""
+        made: Counter[str] = Counter()
+        found = []
+        for mean in self.means:
+            found.append(((mean.call, made[mean.call]), mean))
+            made[mean.call] += 1
+        return found
+
+    def calls(self) -> Counter[str]:
+        """Return how often each call was made."""
+        return Counter(mean.call for mean in self.means)
 
 
 @contextmanager
@@ -206,13 +241,14 @@ class Terms:
 
     Args:
         routing: How its load-balancing loss is taken, if it is to be.
-        denominators: Of each mean, in the order of the calls; None: they stay as they are.
+        denominators: Of each mean, by its call and how often that was made before in a forward;
+            None: they stay as they are.
         assigned_E: Tokens by expert.
         tokens: Tokens that a router has seen, over all layers.
     """
 
     routing: Routing | None
-    denominators: Tensor | None
+    denominators: dict[tuple[str, int], Tensor] | None
     assigned_E: Tensor | None
     tokens: Tensor | None
 
@@ -225,21 +261,44 @@ class Terms:
         *,
         routing: Routing | None,
         split: bool,
+        repeated: Mapping[str, int] = MappingProxyType({}),
     ) -> "Terms":
-        """Count by one forward of each micro-batch, without gradient."""
-        denominators, sums = [], []
+        """Count by one forward of each micro-batch.
+
+        A term that is left out where it has no labels adds nothing there. Where one line takes
+        several means, which of them is left out is not known.
+
+        Args:
+            model: Whose loss it is.
+            losses: Run one micro-batch each.
+            masks: Their attention masks.
+            routing: As in the terms returned.
+            split: Whether to count what the means are divided by.
+            repeated: Calls that were made several times in a forward, and how often.
+
+        Raises:
+            NotDecomposable: Such a call is made less or more often now.
+        """
+        denominators: dict[tuple[str, int], Tensor] = {}
+        repeated, sums = dict(repeated), []
         for loss, mask in zip(losses, masks, strict=True):
-            with torch.no_grad(), watching(model) as seen:
+            with watching(model) as seen:
                 loss()
-            denominators.append([mean.denominator.double() for mean in seen.means])
+            for key, mean in seen.named():
+                part = mean.denominator.double()
+                denominators[key] = denominators[key] + part if key in denominators else part
+            for call, number in seen.calls().items() if split else ():
+                if number != repeated.setdefault(call, number):
+                    raise NotDecomposable(
+                        f"the loss takes {number} means in one line for some rows and "
+                        f"{repeated[call]} for others ({call.split()[0]})",
+                        hint="take each in a line of its own",
+                    )
             if routing is not None:
                 sums.append(routing.sums(seen.router_logits, mask))
-        if split and len({len(row) for row in denominators}) > 1:
-            raise NotDecomposable("the loss joins more means in one micro-batch than in another")
-        split = split and bool(denominators[0])
         return cls(
             routing,
-            torch.stack([torch.stack(row) for row in denominators]).sum(0) if split else None,
+            denominators if split and denominators else None,
             torch.stack([assigned_E for assigned_E, _, _ in sums]).sum(0) if sums else None,
             torch.stack([tokens for _, _, tokens in sums]).sum() if sums else None,
         )
@@ -250,17 +309,17 @@ class Terms:
         """Return the loss without its terms, and the terms' share in those of the whole batch."""
         with watching(model) as seen:
             total = loss()
-        means = seen.means if self.denominators is not None else []
-        values = [mean.value for mean in means]
+        means = seen.named() if self.denominators is not None else []
+        values = [mean.value for _, mean in means]
         if self.routing is not None and seen.router_loss is not None:
             values.append(seen.router_loss)
         found = slopes(total, values)
         rest = total - sum(slope * value for slope, value in zip(found, values, strict=True))
         share = torch.zeros_like(total)
-        for i, mean in enumerate(means):
+        for i, (key, mean) in enumerate(means):
             assert self.denominators is not None, "there are means to divide"
-            part = (mean.denominator / self.denominators[i]).to(mean.value.dtype)
-            share = share + found[i] * mean.value * part
+            part = (mean.denominator / self.denominators[key]).nan_to_num(0.0)
+            share = share + found[i] * mean.value * part.to(mean.value.dtype)
         if self.routing is not None and self.assigned_E is not None and self.tokens is not None:
             _, probability_E, _ = self.routing.sums(seen.router_logits, mask)
             balance = (self.assigned_E * probability_E).sum() * len(probability_E) / self.tokens**2

@@ -6,7 +6,7 @@ They are known by keys: (0,) is a group of rows, (0, 1) are two groups together.
 import functools
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from gradaccum.batch import HostBatch, Listed
-from gradaccum.counters import counts
+from gradaccum.counters import CLAMPED, counts
 from gradaccum.errors import GradaccumError, NotDecomposable
 from gradaccum.objective import length
 from gradaccum.reductions import Routing, Seen, Terms, attention_mask, slopes, watching
@@ -25,6 +25,10 @@ Key = tuple[int, ...]
 CountedLoss = Callable[[nn.Module, Any, float | None], Tensor]
 
 SUM = "sum:"  # the counter of a loss that is divided by nothing
+SCANNED = 32  # rows whose values are looked at
+EXTREME = 8  # of them, to be run
+MANY = 4  # rows as long as the longest that are run together, forward only
+NEEDS_GRAPH = "does not require grad"  # what autograd says of a derivative inside of the loss
 SAMPLE = 4096  # values of the gradient of each parameter
 
 
@@ -38,7 +42,8 @@ class Rows:
         host: Where the rows are taken from.
         name: What the loss is called in messages.
         tried: From how many short rows to choose.
-        with_longest: Whether the longest row may be one of them, beside a short one.
+        prefer: Rows to choose from besides, since they are unlike those measured before.
+        is_tight: Two rows as long as the longest, or many short ones, do not fit into memory.
     """
 
     model: nn.Module
@@ -46,19 +51,24 @@ class Rows:
     host: HostBatch
     name: str
     tried: int
-    with_longest: bool = True
+    prefer: Sequence[int] = ()
+    is_tight: bool = False
     num_run: int = 0  # forwards, counted by row; those with a backward count three times
     _kept: dict[Any, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.host, self.groups, short = choose(self.host, self.tried)
-        if not self.with_longest:
+        self.host, self.groups, short = choose(self.host, self.tried, self.prefer)
+        if self.is_tight:
             del self.groups[2:]
         self.unions = [(0, 1), (0, 2)][: len(self.groups) - 1]
         # Each short row beside the widest of them: padding may change some rows and not others.
         begin = len(self.groups)
         self.groups += [[row] for row in short]
-        self.pairs = [(begin, i) for i in range(begin + 1, len(self.groups))]
+        self.beside: list[Key] = [(begin, i) for i in range(begin + 1, len(self.groups))]
+        if not self.is_tight and short:  # and many at once: a capacity, a share of the hardest
+            sizes = [_num_elements(self.inputs((i,))) for i in range(len(self.groups))]
+            num = max(3, min(len(short), MANY * max(sizes) // (sizes[begin] or 1)))
+            self.beside.append(tuple(range(len(self.groups)))[begin:][-num:])
 
     def shares(self, keys: list[Key]) -> dict[str, list[float]]:
         """Return each group's share of the union by every counter that adds up over them.
@@ -67,13 +77,17 @@ class Rows:
         """
         found = [self.counts(key) for key in keys]
         union = tuple(i for key in keys for i in key)
-        totals = self.counts(union)
-        shares = {
-            name: [row[name] / total for row in found]
-            for name, total in totals.items()
-            if total and all(name in row for row in found) and sum(r[name] for r in found) == total
-        }
-        return shares | {SUM: [1.0] * len(found)}
+        shares = {SUM: [1.0] * len(found)}
+        for name, total in self.counts(union).items():
+            values = [row.get(name.removesuffix(CLAMPED), math.nan) for row in found]
+            if math.isclose(sum(values), total if sum(values) else 0.0, rel_tol=1e-12) and total:
+                is_clamped = name.endswith(CLAMPED)
+                shares[name] = [(max(1.0, n) if is_clamped else n) / total for n in values]
+        return dict(sorted(shares.items(), key=lambda item: _rank(item[0])))
+
+    def is_empty(self, name: str) -> bool:
+        """Tell whether some of the groups have nothing that this counts."""
+        return any(self.counts((i,)).get(name) == 0 for i in range(len(self.groups)))
 
     def positions(self, key: Key) -> list[int]:
         """Return which rows these are."""
@@ -103,7 +117,8 @@ class Rows:
         try:
             return self.loss(self.model, self.inputs(key), count)
         except (RuntimeError, ValueError, IndexError) as error:
-            if isinstance(error, (torch.OutOfMemoryError, GradaccumError)) or len(key) > 1:
+            is_known = isinstance(error, (torch.OutOfMemoryError, GradaccumError))
+            if is_known or len(key) > 1 or NEEDS_GRAPH in str(error):
                 raise
             raise NotDecomposable(
                 f"{self.name} fails on {self.num(key)} of {len(self.host)} rows alone "
@@ -119,8 +134,13 @@ class Rows:
 
     def value_again(self, key: Key, count: float | None) -> float:
         """Return the loss of these rows as a number, run now."""
-        with torch.no_grad():
-            return _number(self.run(key, count), key)
+        try:
+            with torch.no_grad():
+                return _number(self.run(key, count), key)
+        except RuntimeError as error:
+            if NEEDS_GRAPH not in str(error):
+                raise
+        return _number(self.run(key, count), key)  # it differentiates: a penalty on gradients
 
     def see(self, key: Key) -> Seen:
         """Return what their loss is made of."""
@@ -171,7 +191,8 @@ class Rows:
     def _taken(self, loss: Tensor, key: Key, *, keep: bool = False) -> Tensor:
         """Return the value of a loss and a sample of its gradient, float64 on the CPU."""
         self.num_run += 2 * self.num(key)
-        if loss.requires_grad:
+        is_nothing = len(key) == 1 and bool(loss.isnan())  # 0 / 0
+        if loss.requires_grad and not is_nothing:
             loss.backward(retain_graph=keep)
         found = [torch.tensor([_number(loss, key)], dtype=torch.float64)]
         for p in self.model.parameters():
@@ -183,13 +204,20 @@ class Rows:
         return torch.cat(found)
 
 
+def _rank(name: str) -> int:
+    """Return the order in which counters are preferred: counts, nothing, counts of at least 1."""
+    return 1 if name == SUM else 2 if name.endswith(CLAMPED) else 0
+
+
 def _number(loss: Tensor, key: Key) -> float:
     """Return a loss; of rows without a label, 0 / 0, what it adds to that of others: nothing."""
     value = loss.detach().double().item()
     return 0.0 if math.isnan(value) and len(key) == 1 else value
 
 
-def choose(host: HostBatch, tried: int) -> tuple[HostBatch, list[list[int]], list[int]]:
+def choose(
+    host: HostBatch, tried: int, prefer: Sequence[int] = ()
+) -> tuple[HostBatch, list[list[int]], list[int]]:
     """Choose a row, two rows and the longest row, such that counters differ on them.
 
     Short rows are cheap, and beside the longest they are padded. Without a label in the first row
@@ -201,13 +229,16 @@ def choose(host: HostBatch, tried: int) -> tuple[HostBatch, list[list[int]], lis
     """
     lengths = [length(example) for example in host]
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
-    for rows in (list(dict.fromkeys([*order[:tried], order[-1]])), order):
+    within = [row for row in order[:-1] if lengths[row] <= lengths[order[:tried][-1]]]
+    prefer = [*prefer, *_extreme(host, within[:: -(-len(within) // SCANNED) or 1])]
+    for rows in (list(dict.fromkeys([*prefer, *order[:tried], order[-1]])), order):
         settled = host.settled(rows) if isinstance(host, Listed) else host
         short = list(range(len(rows))) if settled is not host else rows
         found = {row: counts(settled.take([row]), 1) for row in short}
         labelled = [row for row in short if all(labels(found[row]))]
         if len(labelled) > 1:
             break
+    names = [name for name in found[short[0]] if not name.endswith(CLAMPED)]
     widths = {row: _num_elements(settled.take([row])) for row in short}
     longest = max(short, key=widths.__getitem__)
     best: tuple[int, list[list[int]]] = (-1, [])
@@ -217,7 +248,7 @@ def choose(host: HostBatch, tried: int) -> tuple[HostBatch, list[list[int]], lis
             if len(labelled) > 1 and not any(row in labelled for row in pair):
                 continue
             shares = set()
-            for name in found[first]:
+            for name in names:
                 rows = [found[row].get(name, 0.0) for row in (first, *pair)]
                 shares.add(round(rows[0] / sum(rows), 9) if sum(rows) else 0.0)
             if len(shares) > best[0]:
@@ -228,6 +259,18 @@ def choose(host: HostBatch, tried: int) -> tuple[HostBatch, list[list[int]], lis
         groups.append([longest])
     others = [row for row in short if row != longest]
     return settled, groups, sorted(others, key=widths.__getitem__, reverse=True)
+
+
+def _extreme(host: HostBatch, rows: Sequence[int]) -> list[int]:
+    """Return the rows whose values have the least and the largest sums, in each leaf."""
+    found = {row: counts(host.take([row]), 1) for row in rows}
+    names = {name for row in rows for name in found[row] if name.startswith("total:")}
+    ends = [
+        end(rows, key=lambda row: found[row].get(name, 0.0))
+        for name in sorted(names)
+        for end in (min, max)
+    ]
+    return list(dict.fromkeys(ends))[:EXTREME]
 
 
 def _num_elements(inputs: Any) -> int:
@@ -241,5 +284,6 @@ def labels(found: Mapping[str, float]) -> list[float]:
         n
         for name, n in found.items()
         if ("label" in name and name.startswith(("trained:", "shifted:")))
+        or ("mask" in name and name.startswith("nonzero:") and not name.endswith("attention_mask"))
         or name.startswith("in_range:")
     ]

@@ -54,7 +54,7 @@ def test_workers_of_the_loader_collate(tmp_path):
     big, expected = build(tmp_path, per_device_train_batch_size=100, **settings)
     big.train()
     same(ours, big, found, expected)
-    assert sum(in_main) < 100  # the measurements alone
+    assert sum(in_main) < 150  # the measurements; the 200 trained come from workers
 
 
 def test_workers_send_large_batches_through_few_files(tmp_path):

@@ -253,7 +253,7 @@ def test_measuring_costs_few_rows_and_leaves_no_trace():
     before, state = [p.clone() for p in net.parameters()], torch.get_rng_state()
     measured = Measured(lambda net, x, count: nll(net, x), takes_count=False)
     measured.look_at(net, Listed(ROWS, collated))
-    assert measured.num_rows <= 60  # a row forward and backward counts three
+    assert measured.num_rows <= 66  # a row forward and backward counts three
     assert torch.equal(state, torch.get_rng_state())
     assert all(p.grad is None for p in net.parameters())
     assert all(torch.equal(p, b) for p, b in zip(net.parameters(), before, strict=True))
@@ -261,7 +261,7 @@ def test_measuring_costs_few_rows_and_leaves_no_trace():
 
 def test_measuring_does_without_the_longest_row_where_two_of_its_length_do_not_fit():
     def short_of_memory(net, x):
-        if x["input_ids"].numel() > max(LENGTHS):
+        if x["input_ids"].numel() > 1.5 * max(LENGTHS):
             raise torch.OutOfMemoryError("too many tokens")
         return nll(net, x)
 

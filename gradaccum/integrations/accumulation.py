@@ -157,6 +157,7 @@ class SameBatch(TrainerCallback, ExportableState):
         if self.contract is not None and self.contract["name"] == measured.name:
             kept = {key: value for key, value in self.contract.items() if key != "name"}
             kept["counters"] = tuple(kept["counters"])
+            kept["repeated"] = tuple(map(tuple, kept.get("repeated", ())))
             kept["routing"] = Routing(**kept["routing"]) if kept["routing"] else None
             measured.contract = Contract(**kept)
 

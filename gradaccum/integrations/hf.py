@@ -199,7 +199,7 @@ class Attached(Evaluated):
 
     def _counted_loss(self, model: nn.Module, inputs: Any, count: float | None) -> Tensor:
         if count is None and self._is_own_loss():
-            count = float(self._own_count(inputs))
+            count = self._own_count(inputs)
         given = None
         if count is not None:  # whole, as training passes it, so that it is compiled once
             whole = int(count) if float(count).is_integer() else count
@@ -225,9 +225,10 @@ class Attached(Evaluated):
         overridden = not module.startswith(("transformers.", "trl.")) and accepts
         return self.compute_loss_func is not None or overridden
 
-    def _own_count(self, inputs: Any) -> Tensor | int:
+    def _own_count(self, inputs: Any) -> float | None:
+        """Count what the trainer has its loss divided by; None where it finds no labels."""
         count = super().get_batch_samples(iter([inputs]), 1, torch.device("cpu"))[1]
-        return 1 if count is None else count
+        return None if count is None else float(count)
 
     @contextmanager
     def _aside(self, model: nn.Module, *, dropout: bool = False) -> Iterator[None]:
