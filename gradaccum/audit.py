@@ -7,6 +7,7 @@ functions: one that runs an effective batch in micro-batches, and one that runs 
 import contextlib
 import copy
 import functools
+import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,6 +33,12 @@ FLOORS, UNITS = 20, 16
 UNORDERED = 1e-3
 ONE_BY_ONE, UNFIT = "gradaccum's engine one example at a time", "the full batch does not fit"
 SUM_OF_MEANS = "the means of the micro-batches are added up and never divided by their number"
+FIXED_OR_NONE = (
+    "nothing divides by the number of micro-batches that ran (a fixed divisor or none at all: its "
+    "own full batch has it too)"
+)
+UNSEEN = "a factor that is the same at every cut cannot be seen against its own full batch"
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +56,9 @@ class Subject:
         alone: Runs these examples one at a time through our own engine, on the model or on a copy
             of it in float64: the reference where the full batch does not fit.
         is_own: The reference is `run` with one micro-batch, so that one needs no comparison.
+        unseen: What the reference cannot show, where it is worth a note.
         undivided: Why nothing divides by the number of micro-batches, where that is found.
-        remedy: What to do about a wrong weight.
+        remedy: What to do about a wrong weight, where that is not to change the loop.
     """
 
     name: str
@@ -62,8 +70,9 @@ class Subject:
     take: Callable[[Sequence[int]], Any]
     alone: Callable[[nn.Module, Sequence[int]], object] | None = None
     is_own: bool = True
+    unseen: str = ""
     undivided: str = SUM_OF_MEANS
-    remedy: str = "divide by the weight of the whole effective batch, or use gradaccum.Accumulator"
+    remedy: str = ""
 
 
 def chunks(num_examples: int, size: int) -> tuple[int, ...]:
@@ -125,11 +134,22 @@ def _cut(sizes: tuple[int, ...], num_examples: int) -> Cut:
 
 @dataclass(frozen=True, slots=True)
 class _Run:
-    """Hold what is known of one cut once it has run; `values` stand for its gradient."""
+    """Hold what is known of one cut once it has run.
+
+    Args:
+        cut: The examples of each micro-batch.
+        trace: What was seen.
+        left: How the gradient compares that the cut left.
+        before: How it compares before it was rescaled after the last backward.
+        factor: Makes the gradient that was left the one before.
+        values: Stand for the gradient that was left.
+    """
 
     cut: Cut
     trace: Trace
-    comparison: Comparison
+    left: Comparison
+    before: Comparison
+    factor: float
     values: Tensor
 
 
@@ -145,6 +165,7 @@ class _Audit:
         self._run_whole = subject.full
         self._reference_name = subject.reference
         self._full: list[Tensor] = []
+        self._full_rescaled = 1.0
         self._random = self._unordered = 0.0
 
     def verdict(self, dropped: list[str]) -> Verdict:
@@ -152,18 +173,22 @@ class _Audit:
         trace = self._whole()
         self._full = self._gradients(trace)
         self._refuse_empty(trace)
+        if subject.is_own:
+            self._full_rescaled = trace.rescaled
         floor = max(self._floor(trace), self._widen())
+        logger.info("%-16s error %.1e", "rounding alone", floor)
         tolerance = max(FLOORS * floor, UNITS * self._eps())
         runs = [run for cut in self._cuts if (run := self._run(cut)) is not None]
-        comparisons = tuple(run.comparison for run in runs)
+        is_before, notes = _rescaled(runs, tolerance, [trace] if subject.is_own else [])
+        comparisons = tuple(run.before if is_before else run.left for run in runs)
         wrong = {
-            i: run for i, run in enumerate(runs) if not run.comparison.relative_error <= tolerance
+            i: run for i, run in enumerate(runs) if not comparisons[i].relative_error <= tolerance
         }
         evidence = Evidence(
             cuts=tuple(run.cut for run in runs),
             comparisons=comparisons,
             traces=tuple(run.trace for run in runs),
-            fits=self._fits(wrong),
+            fits=self._fits(wrong, is_before=is_before),
             tolerance=tolerance,
             leftover=self._leftover(runs, tolerance),
             random=self._random,
@@ -172,6 +197,7 @@ class _Audit:
             undivided=subject.undivided,
             remedy=subject.remedy,
         )
+        unseen = subject.unseen if self._run_whole is subject.full else ""
         return Verdict(
             subject=subject.name,
             reference=self._reference_name,
@@ -180,7 +206,7 @@ class _Audit:
             floor=floor,
             tolerance=tolerance,
             diagnoses=diagnose(evidence),
-            notes=_notes(dropped),
+            notes=(*notes, *filter(None, [_dropped(dropped), unseen])),
             num_passes=self._num_passes,
         )
 
@@ -196,7 +222,14 @@ class _Audit:
             return None
         gradients = self._gradients(trace)
         trace.gradients = []
-        return _Run(cut, trace, self._compare(cut, gradients), _flat(gradients))
+        left = self._compare(cut, gradients)
+        if trace.too_few is not None:
+            left = Comparison(left.sizes, math.inf, math.nan, math.nan, ())
+        logger.info("%-16s error %.1e", left.cut, left.relative_error)
+        values, before, factor = _flat(gradients), left, self._full_rescaled / trace.rescaled
+        if factor != 1 and trace.too_few is None:
+            before = self._compare(cut, [gradient.mul_(factor) for gradient in gradients])
+        return _Run(cut, trace, left, before, factor, values)
 
     def _whole(self) -> Trace:
         """Run the full batch, by our own engine one example at a time where it does not fit."""
@@ -247,18 +280,21 @@ class _Audit:
             self._run_whole(rows)
 
         self._num_passes += len(rows) / len(self._rows)
-        return self._watch.run(work)
+        trace = self._watch.run(work)
+        if trace.too_few is not None:
+            raise trace.too_few
+        return trace
 
     def _gradients(self, trace: Trace) -> list[Tensor]:
         pairs = zip(trace.gradients, self._watch.parameters, strict=True)
         return [torch.zeros(p.shape, dtype=torch.float64) if g is None else g for g, p in pairs]
 
     def _refuse_empty(self, trace: Trace) -> None:
-        if not trace.num_backwards:
+        if all(gradient is None for gradient in trace.gradients):
             raise BadInput(
                 f"{self._subject.name} left no gradient on the full batch of "
                 f"{counted(len(self._rows), 'example')}",
-                hint="the loop has to call backward on a loss of the model it is given",
+                hint="the loop has to leave it in .grad of the model it is given",
             )
         if not norm(self._full):
             raise BadInput(
@@ -310,22 +346,38 @@ class _Audit:
         order = sorted(errors, key=lambda m: (not math.isnan(errors[m]), -errors[m]))
         return tuple((module, errors[module]) for module in order[:3] if errors[module] != 0)
 
-    def _fits(self, wrong: Mapping[int, _Run]) -> dict[int, Fit]:
-        """Find the weights of the micro-batches of the cuts that are wrong."""
+    def _fits(self, wrong: Mapping[int, _Run], *, is_before: bool) -> dict[int, Fit]:
+        """Find the weights of the micro-batches of the cuts that are wrong.
+
+        Args:
+            wrong: By their number.
+            is_before: Of the gradients before they were rescaled after the last backward.
+        """
         alone: dict[tuple[int, ...], Tensor] = {}
         fits, full = {}, _flat(self._full)
+        model = _flat([p.detach().to("cpu", torch.float64) for p in self._watch.parameters])
         for i, run in wrong.items():
+            if run.trace.too_few is not None:
+                continue
+            logger.info("%-16s is wrong: its micro-batches run alone", run.left.cut)
             for rows in run.cut:
                 if rows not in alone:
-                    alone[rows] = _flat(self._gradients(self._reference(rows)))
+                    alone[rows] = self._alone(rows, is_before=is_before)
             parts = [alone[rows] for rows in run.cut]
-            if all(bool(t.isfinite().all()) for t in (run.values, full, *parts)):
-                fits[i] = fit(run.values, full, parts)
+            values = run.values * run.factor if is_before else run.values
+            if all(bool(t.isfinite().all()) for t in (values, full, *parts)):
+                fits[i] = fit(values, full, parts, model)
         return fits
+
+    def _alone(self, rows: Sequence[int], *, is_before: bool) -> Tensor:
+        trace = self._reference(rows)
+        is_rescaled = is_before and self._subject.is_own
+        factor = self._full_rescaled / trace.rescaled if is_rescaled else 1.0
+        return _flat(self._gradients(trace)) * factor
 
     def _leftover(self, runs: list[_Run], tolerance: float) -> float:
         """Run a cut twice without clearing in between; return by how much the second differs."""
-        cut = next((run.cut for run in runs if run.trace.left), None)
+        cut = next((run.cut for run in runs if run.trace.left and run.trace.too_few is None), None)
         if cut is None:
             return 0.0
         work = functools.partial(self._subject.run, cut)
@@ -345,11 +397,48 @@ def _flat(gradients: list[Tensor]) -> Tensor:
     return torch.cat([sample(gradient) for gradient in gradients])
 
 
-def _notes(dropped: list[str]) -> tuple[str, ...]:
+def _rescaled(runs: list[_Run], tolerance: float, own: list[Trace]) -> tuple[bool, list[str]]:
+    """Tell whether to compare what was there before the last rescaling, and what to say of it.
+
+    A division by the whole weight belongs to the gradient, a clip does not; both are one factor.
+    So the gradient that is left is taken where it is exact, and the one before where that is exact
+    or the former has one norm at every cut while the factors differ, as only a clip makes it.
+
+    Args:
+        runs: One for each cut.
+        tolerance: The relative error that passes.
+        own: What was seen of the full batch, where it ran as the cuts did.
+    """
+    factors = [trace.rescaled for trace in (*own, *(run.trace for run in runs))]
+    if not runs or all(factor == 1 for factor in factors):
+        return False, []
+    low, high = min(factors), max(factors)
+    is_one = high - low <= 1e-3 * high
+    shown = f"{low:.3g}" if is_one else f"{low:.3g} to {high:.3g}"
+    norms = [*(1.0 for _ in own), *(run.left.norm_ratio for run in runs)]
+    is_changed = any(run.trace.changed for run in runs)  # that is named, and no clip at the end
+    is_clipped = not (is_one or is_changed) and max(norms) - min(norms) <= 1e-3 * max(norms)
+    if all(run.left.relative_error <= tolerance for run in runs):
+        hides = (
+            f"after the last backward the gradients are rescaled by {shown}; if that is a clip, it "
+            "hides a missing division: verify without it"
+        )
+        return False, [hides] if is_clipped else []
+    if is_clipped or all(run.before.relative_error <= tolerance for run in runs):
+        compared = (
+            f"after the last backward the gradients are rescaled by {shown} (clipping, unscaling): "
+            "compared is what was there before"
+        )
+        return True, [compared]
+    said = f"after the last backward the gradients are rescaled by {shown}"
+    return False, [] if is_changed else [said]
+
+
+def _dropped(dropped: list[str]) -> str:
     if not dropped:
-        return ()
+        return ""
     more = f" and {len(dropped) - 3} more" if len(dropped) > 3 else ""
     return (
         f"dropout was switched off to compare ({', '.join(dropped[:3])}{more}): in training it "
-        "draws other masks for another cut, as for another seed",
+        "draws other masks for another cut, as for another seed"
     )

@@ -4,6 +4,7 @@ What only the gradients themselves tell (wrong divisors, coupled rows) is named 
 """
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from gradaccum.weights import Evidence, name_weights
 
 def diagnose(evidence: Evidence) -> tuple[Diagnosis, ...]:
     """Return every cause that was found, those that explain the rest first."""
+    if any(trace.too_few is not None for trace in evidence.traces):
+        return tuple(_batch_norm(evidence))  # the rest of that cut never ran
     breaking = [_not_finite, _random, _tail, _steps, _changed, _moved, _batch_norm]
     others = [_not_zeroed, _schedule, _low_precision]
     found = [d for look in breaking for d in look(evidence)]
@@ -39,7 +42,8 @@ def _not_finite(e: Evidence) -> list[Diagnosis]:
                         "no trained label",
                         f"the gradient is not finite: every label of the micro-batch with "
                         f"examples {list(rows)} is {IGNORE_INDEX}, and its mean is 0/0",
-                        "divide a summed loss by the labels of the whole effective batch; "
+                        e.remedy
+                        or "divide a summed loss by the labels of the whole effective batch; "
                         "gradaccum.Accumulator does not run a micro-batch without weight",
                     )
                 ]
@@ -134,18 +138,27 @@ def _moved(e: Evidence) -> list[Diagnosis]:
 
 
 def _batch_norm(e: Evidence) -> list[Diagnosis]:
-    names = sorted({name for i in e.wrong for name in e.traces[i].batch_norms})
+    names = {name for i in e.wrong for name in e.traces[i].batch_norms}
     if not names:
         return []
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    failed = [e.comparisons[i].cut for i in e.wrong if e.traces[i].too_few is not None]
+    errors = [e.comparisons[i].relative_error for i in e.wrong if e.traces[i].too_few is None]
+    said = [f"error {max(errors):.2g}"] if errors else []
+    said += [f"torch refuses a micro-batch of one row (at {', '.join(failed)})"] if failed else []
     return [
         Diagnosis(
             "BatchNorm in training mode",
-            f"{', '.join(names[:3])}{more} normalise each micro-batch by its own statistics: "
-            f"error {max(e.comparisons[i].relative_error for i in e.wrong):.2g}",
+            f"{_some(names)} {'normalise' if len(names) > 1 else 'normalises'} each micro-batch by "
+            f"its own statistics: {'; '.join(said)}",
             "put these modules in eval mode, or use GroupNorm; no accumulation is exact with them",
         )
     ]
+
+
+def _some(names: Iterable[str]) -> str:
+    shown = sorted(names)
+    more = f" and {len(shown) - 3} more" if len(shown) > 3 else ""
+    return ", ".join(shown[:3]) + more
 
 
 def _not_zeroed(e: Evidence) -> list[Diagnosis]:

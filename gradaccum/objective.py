@@ -59,6 +59,13 @@ class Objective:
     trim: bool = False
     resolve: Callable[[nn.Module, Any, list[Micro], tuple[Any, ...]], "Resolved"] | None = None
 
+    def __post_init__(self) -> None:
+        if self.weight is not None and not callable(self.weight):
+            raise BadInput(
+                f"the weight of an Objective is a function, and this is {self.weight!r:.60}",
+                hint='from_mean(loss, weight="rows") takes names',
+            )
+
 
 class Resolved(NamedTuple):
     """Name the loss and the weight of each micro-batch of one effective batch.

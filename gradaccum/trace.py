@@ -5,6 +5,7 @@ node for that, so that `torch.autograd.grad` is not taken for it), before every 
 before the forward of modules. Hooks after accumulation would be refused by `Accumulator`.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,6 +22,8 @@ from gradaccum.state import undisturbed
 
 # Values of each parameter that are looked at inside a window, where whole copies cost too much.
 SAMPLE = 4096
+# Where torch.nn.functional refuses to normalise, for a batch of one row.
+TOO_FEW = "Expected more than 1 value per channel"
 
 
 @dataclass(slots=True)
@@ -39,6 +42,9 @@ class Trace:
         left: Whether gradients were left at the end, after an optimizer step.
         sum_dtypes: The dtypes in which several gradients were added.
         batch_norms: Modules that normalised by the statistics of a micro-batch.
+        too_few: What torch raised where these had one value a channel, which ended the run.
+        rescaled: The one factor between what was taken and what had been added up: a clip, an
+            unscaling or a division after the last backward.
         autocast: The dtype of autocast in the forward; None without.
     """
 
@@ -51,6 +57,8 @@ class Trace:
     left: bool = False
     sum_dtypes: set[torch.dtype] = field(default_factory=set)
     batch_norms: set[str] = field(default_factory=set)
+    too_few: ValueError | None = None
+    rescaled: float = 1.0
     autocast: torch.dtype | None = None
 
 
@@ -79,8 +87,13 @@ class Watch:
         trace = Trace()
         with self._owners.restored(), undisturbed(self.model):
             recorder = Recorder(self.model, self._owners, trace)
-            with recorder.attached():
-                work()
+            try:
+                with recorder.attached():
+                    work()
+            except ValueError as error:
+                if not trace.batch_norms or TOO_FEW not in str(error):
+                    raise
+                trace.too_few = error
             recorder.finish()
         return trace
 
@@ -97,6 +110,7 @@ class Recorder:
         self._counts = dict.fromkeys(self._parameters, 0)
         self._expected: dict[nn.Parameter, Tensor] = {}
         self._epochs = [s.last_epoch for s in owners.schedulers]
+        self._is_paused = False
 
     @contextmanager
     def attached(self) -> Iterator[None]:
@@ -130,6 +144,8 @@ class Recorder:
     def _hook(self, p: nn.Parameter) -> Callable[[tuple[Tensor, ...]], None]:
         def hook(incoming: tuple[Tensor, ...]) -> None:
             trace = self._trace
+            if self._is_paused:
+                return
             self._counts[p] += 1
             trace.num_backwards = max(trace.num_backwards, self._counts[p])
             self._look_at_sum(p)
@@ -159,7 +175,11 @@ class Recorder:
     def _on_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Note a step; one that is given a closure (LBFGS, Lightning) runs a backward in it."""
+        """Note a step; one that is given a closure (LBFGS, Lightning) runs a backward in it.
+
+        What is noted is its first call. Others (line searches) are at other weights, and they are
+        neither steps nor backward passes of the window.
+        """
         if not self._owners.owns(optimizer):
             return None
         # A method called as Optimizer.step(self, closure) gets the optimizer first.
@@ -169,9 +189,18 @@ class Recorder:
             self._note_step()
             return None
 
+        is_noted = False
+
         def noted() -> Any:
-            result = closure()
-            self._note_step()
+            nonlocal is_noted
+            before, self._is_paused = self._is_paused, is_noted
+            try:
+                result = closure()
+            finally:
+                self._is_paused = before
+            if not is_noted:
+                self._note_step()
+            is_noted = True
             return result
 
         own = tuple(noted if arg is closure else arg for arg in args)
@@ -188,6 +217,22 @@ class Recorder:
         ]
         if not all(torch.equal(sample(p), weight) for p, weight in self._weights.items()):
             self._trace.moved = True
+        self._trace.rescaled = self._factor()
+
+    def _factor(self) -> float:
+        """Return the one factor between `.grad` and what had been added up; 1 if there is none."""
+        if any(p.grad is None for p in self._expected):
+            return 1.0
+        found = [sample(p.grad).double() for p in self._expected if p.grad is not None]
+        added = [expected.double() for expected in self._expected.values()]
+        square = sum((b * b).sum().item() for b in added)
+        if not 0 < square < math.inf:
+            return 1.0
+        factor = sum((a * b).sum().item() for a, b in zip(found, added, strict=True)) / square
+        off = sum((a - factor * b).square().sum().item() for a, b in zip(found, added, strict=True))
+        eps = max(torch.finfo(expected.dtype).eps for expected in self._expected.values())
+        is_one = factor > 0 and (off / square) ** 0.5 <= 8 * eps * factor
+        return factor if is_one and abs(factor - 1) > 8 * eps else 1.0
 
     def _on_forward(self, module: nn.Module, args: Any) -> None:
         kind = self._parameters[0].device.type

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gradaccum.audit import Subject, audit
+from gradaccum.audit import FIXED_OR_NONE, SUM_OF_MEANS, UNSEEN, Subject, audit
 from gradaccum.batch import Collate, Collated, HostBatch, Listed, as_batch
 from gradaccum.engine import Accumulator
 from gradaccum.errors import BadInput
@@ -44,8 +44,9 @@ def verify(
 
     Everything is as before afterwards: weights, optimizers, schedulers, gradients, buffers, modes,
     random state. A correct loop costs five passes over the batch (two full ones, one for each of
-    three splits), a wrong one up to three more; memory on the host for a copy of the weights, one
-    of the state of an optimizer that steps, and three gradients in float64. Dropout is off inside.
+    three splits), six with an objective, a wrong one up to twelve; memory on the host for a copy
+    of the weights, one of the state of an optimizer that steps, and three gradients in float64.
+    Dropout is off inside.
 
     Args:
         loop: A callable `loop(model, micro_batches)` that runs one effective batch, given as a list
@@ -61,7 +62,7 @@ def verify(
             own result for the batch as one micro-batch, for a Trainer the loss without
             `num_items_in_batch`. Where the full batch does not fit into memory, it is our engine
             on one example at a time, in float64 if that fits and the model runs in it; for a loop
-            this takes an objective.
+            this takes an objective. So does a factor that is the same at every cut.
         collate: Turns a list of examples into a micro-batch; `pad_collate` if not given.
 
     Raises:
@@ -134,6 +135,8 @@ def _subject(
         take=host.take,
         alone=None if one_by_one is None else alone,
         is_own=objective is None,
+        unseen=f"{UNSEEN}; pass objective= to see it" if one_by_one is None else "",
+        undivided=FIXED_OR_NONE if objective is None else SUM_OF_MEANS,
     )
 
 

@@ -10,6 +10,7 @@ micro-batches and of the labels is what the loop does wrong. What the g_i cannot
 kind of error: rows that depend on each other here, gradients changed on the way in `diagnosis.py`.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,11 @@ from gradaccum.verdict import Comparison, Diagnosis
 
 Cut = tuple[tuple[int, ...], ...]
 
+WEIGH = "divide by the weight of the whole effective batch, or use gradaccum.Accumulator"
+DIVIDE_ONCE = "divide once, by the weight of the whole effective batch"
+# No larger number of processes or steps is guessed at.
+MOST_STEPS = 4096
+
 
 @dataclass(frozen=True, slots=True)
 class Fit:
@@ -35,6 +41,7 @@ class Fit:
         is_unique: No other weights give the same; otherwise only `scale` and `equal` tell.
         unexplained: The relative part of the accumulated gradient that is no such sum.
         coupled: The relative part of the full gradient that is no such sum.
+        beside_model: What is left of `unexplained` if a multiple of the model's weights is added.
         scale: The factor between the accumulated and the full gradient, and what it leaves.
         equal: The one weight of all micro-batches that fits best, and what it leaves.
     """
@@ -44,18 +51,29 @@ class Fit:
     is_unique: bool
     unexplained: float
     coupled: float
+    beside_model: float
     scale: tuple[float, float]
     equal: tuple[float, float]
 
 
-def fit(accumulated: Tensor, full: Tensor, parts: Sequence[Tensor]) -> Fit:
-    """Return the weights of both gradients by least squares; all are flat and in float64."""
+def fit(accumulated: Tensor, full: Tensor, parts: Sequence[Tensor], model: Tensor) -> Fit:
+    """Return the weights of both gradients by least squares; all are flat and in float64.
+
+    Args:
+        accumulated: The gradient of a cut.
+        full: That of the full batch.
+        parts: Those that its micro-batches have alone.
+        model: The weights of the model, along which the gradient of a penalty points.
+    """
     norms = [part.norm().item() or 1.0 for part in parts]
     basis = torch.stack([part / size for part, size in zip(parts, norms, strict=True)], dim=1)
     both = torch.stack([accumulated, full], dim=1)
     # Through singular values: examples that are alike make columns that are nearly the same.
     solved = torch.linalg.lstsq(basis, both, rcond=1e-6, driver="gelsd")
     left = (both - basis @ solved.solution).norm(dim=0) / both.norm(dim=0).clamp(min=1e-300)
+    beside = torch.cat([basis, (model / model.norm().clamp(min=1e-300))[:, None]], dim=1)
+    again = torch.linalg.lstsq(beside, both[:, :1], rcond=1e-6, driver="gelsd").solution
+    rest = (both[:, :1] - beside @ again).norm() / accumulated.norm().clamp(min=1e-300)
     found, right = (solved.solution / torch.tensor(norms, dtype=torch.float64)[:, None]).T.tolist()
     return Fit(
         found=tuple(found),
@@ -63,6 +81,7 @@ def fit(accumulated: Tensor, full: Tensor, parts: Sequence[Tensor]) -> Fit:
         is_unique=int(solved.rank) == len(parts),
         unexplained=left[0].item(),
         coupled=left[1].item(),
+        beside_model=rest.item(),
         scale=_along(accumulated, full),
         equal=_along(accumulated, torch.stack(list(parts)).sum(dim=0)),
     )
@@ -90,7 +109,7 @@ class Evidence:
         unordered: By how much it differs from itself with its rows in opposite order.
         labels: Labels of each micro-batch, where they are known: `labels(rows)`.
         undivided: Why nothing divides by the number of micro-batches.
-        remedy: What to do about a wrong weight.
+        remedy: What to do about a wrong weight, where that is not to change the loop.
     """
 
     cuts: tuple[Cut, ...]
@@ -104,6 +123,10 @@ class Evidence:
     labels: Callable[[Sequence[int]], Any]
     undivided: str
     remedy: str
+
+    def weighing(self, name: str, message: str, remedy: str = WEIGH) -> Diagnosis:
+        """Name a wrong weight, with the remedy that whoever runs the subject can follow."""
+        return Diagnosis(name, message, self.remedy or remedy)
 
     @property
     def wrong(self) -> list[int]:
@@ -119,7 +142,11 @@ def name_weights(e: Evidence) -> list[Diagnosis]:
     coupled = max((f.coupled for _, f in fits), default=0.0)
     if e.unordered or coupled > 10 * e.tolerance:
         return [_coupled(e, coupled)]
-    fits = [(num, f) for num, f in fits if f.unexplained <= max(near, 10 * e.tolerance)]
+    limit = max(near, 10 * e.tolerance)
+    strange = [f for _, f in fits if f.unexplained > limit]
+    if strange and all(f.beside_model <= max(0.01 * f.unexplained, e.tolerance) for f in strange):
+        return [_penalty(max(f.unexplained for f in strange))]
+    fits = [(num, f) for num, f in fits if f.unexplained <= limit]
     if not fits:
         return []
     scales = _that_fit([(num, f.scale) for num, f in fits], near)
@@ -150,24 +177,33 @@ def _coupled(e: Evidence, coupled: float) -> Diagnosis:
     )
 
 
+def _penalty(unexplained: float) -> Diagnosis:
+    return Diagnosis(
+        "penalty per micro-batch",
+        f"{unexplained:.2%} of the gradient is no sum over its micro-batches, and a multiple of "
+        "the model's weights explains it: a penalty on them that every micro-batch adds",
+        "add the penalty once in each effective batch, or leave it to the optimizer's weight_decay",
+    )
+
+
 def _scale(e: Evidence, scales: list[tuple[int, float]], near: float) -> Diagnosis:
     """Name a factor that all micro-batches of a cut share; `scales` has (their number, factor)."""
     figures = _size(scales)
     if all(_same(c, m, near) for m, c in scales):
-        return Diagnosis("missing division", f"{figures}: {e.undivided}", e.remedy)
+        return e.weighing("missing division", f"{figures}: {e.undivided}")
     if all(_same(c, 1 / m, near) for m, c in scales):
-        return Diagnosis(
+        return e.weighing(
             "doubled division",
             f"{figures}: it is divided by the number of micro-batches once more than needed",
-            "divide once, by the weight of the whole effective batch",
+            DIVIDE_ONCE,
         )
     steps = _common([m / c for m, c in scales if c], near)
     if steps is not None and len({m for m, _ in scales}) > 1:
-        return _configured(figures, steps)
+        return _configured(e, figures, steps)
     if (one := _common([c for _, c in scales], near)) is not None:
         return _constant(e, figures, one, near)
     listed = ", ".join(f"{c:.4g} at {m}" for m, c in scales)
-    return Diagnosis("wrong factor", f"the gradient is multiplied by {listed}", e.remedy)
+    return e.weighing("wrong factor", f"the gradient is multiplied by {listed}")
 
 
 def _size(scales: list[tuple[int, float]]) -> str:
@@ -179,8 +215,8 @@ def _size(scales: list[tuple[int, float]]) -> str:
     return f"gradient {size} at {counted(num, 'micro-batch')}"
 
 
-def _configured(figures: str, steps: float) -> Diagnosis:
-    return Diagnosis(
+def _configured(e: Evidence, figures: str, steps: float) -> Diagnosis:
+    return e.weighing(
         "configured steps",
         f"{figures}: every micro-batch is divided by {steps:.4g}, however many there are, so "
         "that a short window weighs too little",
@@ -194,16 +230,16 @@ def _constant(e: Evidence, figures: str, factor: float, near: float) -> Diagnosi
         own = (everything[..., 1:] != IGNORE_INDEX).sum().item()
         counts = (everything != IGNORE_INDEX).sum().item()
         if own and _same(factor, own / counts, near) and own != counts:
-            return Diagnosis(
+            return e.weighing(
                 "over-count",
                 f"gradient {factor:.4f} of what it should be: it is divided by all {counts:,} "
                 f"labels, and a causal model trains {own:,} of them, not the first of each row",
                 "count labels[:, 1:] != -100",
             )
-    whole = round(factor) if factor >= 1 else round(1 / factor) if factor > 0 else 0
-    is_whole = whole > 1 and (_same(factor, whole, near) or _same(factor, 1 / whole, near))
-    hint = f" (a world size or a number of steps of {whole}?)" if is_whole else ""
-    return Diagnosis(
+    size = max(factor, 1 / factor) if factor > 0 else 0.0
+    is_whole = 2 <= round(size) <= MOST_STEPS and _same(size, round(size), 1e-4)
+    hint = f" (a world size or a number of steps of {round(size)}?)" if is_whole else ""
+    return e.weighing(
         "constant factor",
         f"{figures}: the same factor {factor:.4g} at every cut{hint}",
         "divide by the weight of the whole effective batch, and by nothing else",
@@ -212,6 +248,8 @@ def _constant(e: Evidence, figures: str, factor: float, near: float) -> Diagnosi
 
 def _unequal(e: Evidence, fits: list[tuple[int, Fit]], near: float) -> Diagnosis:
     """Name weights that differ from the right ones by different factors."""
+    if (left_out := _left_out(e, fits, near)) is not None:
+        return left_out
     num, worst = max(fits, key=lambda pair: pair[1].scale[1])
     low = min(a / b for a, b in _weighing(worst))
     high = max(a / b for a, b in _weighing(worst))
@@ -224,13 +262,9 @@ def _unequal(e: Evidence, fits: list[tuple[int, Fit]], near: float) -> Diagnosis
     )
     known = _that_fit([(num, f.equal) for num, f in fits], near)
     if len(known) < len(fits):
-        return Diagnosis(
-            "wrong weights",
-            f"{figures} ({_listed(worst.found)} where {_listed(worst.right)} is right)",
-            "divide a summed loss by the weight of the whole effective batch",
-        )
+        return e.weighing("wrong weights", f"{figures} ({_both(worst)})")
     if all(_same(weight, 1 / m, near) for m, weight in known):
-        return Diagnosis(
+        return e.weighing(
             "mean of means",
             f"{figures}: each counts 1/{num}, however many labels it holds",
             "sum the loss of each micro-batch and divide it by the labels of all of them",
@@ -238,19 +272,39 @@ def _unequal(e: Evidence, fits: list[tuple[int, Fit]], near: float) -> Diagnosis
     if all(_same(weight, 1.0, near) for _, weight in known):
         # Micro-batches that weigh the same have one factor, which says more than a range.
         shared = _that_fit([(m, f.scale) for m, f in fits], near)
-        return Diagnosis(
-            "missing division", f"{_size(shared) if shared else figures}: {e.undivided}", e.remedy
-        )
+        said = _size(shared) if shared else figures
+        return e.weighing("missing division", f"{said}: {e.undivided}")
     if all(_same(weight, m**-2, near) for m, weight in known):
-        return Diagnosis(
-            "doubled division",
-            f"{figures}: each counts 1/{num} of 1/{num}",
-            "divide once, by the weight of the whole effective batch",
+        return e.weighing(
+            "doubled division", f"{figures}: each counts 1/{num} of 1/{num}", DIVIDE_ONCE
         )
     steps = _common([1 / weight for _, weight in known if weight], near)
     if steps is not None:
-        return _configured(figures, steps)
-    return Diagnosis("wrong weights", f"{figures}: all count {known[0][1]:.4g}", e.remedy)
+        return _configured(e, figures, steps)
+    return e.weighing("wrong weights", f"{figures}: all count {known[0][1]:.4g}")
+
+
+def _left_out(e: Evidence, fits: list[tuple[int, Fit]], near: float) -> Diagnosis | None:
+    """Name micro-batches that weigh nothing where they should."""
+    for num, f in sorted(fits, key=lambda pair: -pair[0]):
+        weighs = [abs(b) > 1e-6 * max(map(abs, f.right)) for b in f.right]
+        missing = [abs(a) <= near * abs(b) for a, b in zip(f.found, f.right, strict=True)]
+        out = [i for i in range(num) if weighs[i] and missing[i]]
+        if not f.is_unique or not out or len(out) == sum(weighs):
+            continue
+        which = ", ".join(str(i + 1) for i in out[:4]) + ", ..." * (len(out) > 4)
+        what = (
+            "only the last micro-batch counts"
+            if out == [i for i in range(num - 1) if weighs[i]]
+            else f"of {num} micro-batches, {len(out)} {'count' if len(out) > 1 else 'counts'} "
+            f"nothing (number {which})"
+        )
+        return e.weighing(
+            "micro-batches left out",
+            f"{what}: {_both(f)}",
+            "call backward for every micro-batch, a short last one too",
+        )
+    return None
 
 
 def _weighing(f: Fit) -> list[tuple[float, float]]:
@@ -269,6 +323,18 @@ def _same(value: float, other: float, near: float) -> bool:
     return abs(value - other) <= near * abs(other)
 
 
+def _both(f: Fit) -> str:
+    return f"{_listed(f.found)} where {_listed(f.right)} is right"
+
+
 def _listed(values: Sequence[float]) -> str:
-    shown = ", ".join(f"{value:.3g}" for value in values[:4])
-    return f"[{shown}, ...]" if len(values) > 4 else f"[{shown}]"
+    """Show weights, several zeros as one entry and at most six entries."""
+    least = 1e-9 * max(map(abs, values))
+    shown = [f"{value:.3g}" if abs(value) > least else "0" for value in values]
+    runs = [(word, len(list(same))) for word, same in itertools.groupby(shown)]
+    words = [
+        word
+        for value, num in runs
+        for word in ([f"{num} x 0"] if value == "0" and num > 2 else [value] * num)
+    ]
+    return f"[{', '.join(words if len(words) <= 6 else [*words[:3], '...', *words[-2:]])}]"

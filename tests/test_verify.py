@@ -121,7 +121,7 @@ class Correct:
 def test_a_correct_loop_raises_no_alarm(seed):
     case = Correct(seed)
     verdict = assert_exact(case.loop, case.model, case.batch, collate=case.collate)
-    assert verdict.names == () and verdict.notes == ()
+    assert verdict.names == () and ["cannot be seen" in note for note in verdict.notes] == [True]
     assert verdict.num_passes <= 2 + len(default_splits(verdict.num_examples))
 
 
@@ -239,24 +239,131 @@ def test_a_loop_that_fails_leaves_everything_as_it_was():
     assert all(p.grad is None for p in net.parameters())
 
 
-def test_a_closure_is_looked_into():
-    net = nn.Linear(3, 1)
-    optimizer = torch.optim.LBFGS(net.parameters(), max_iter=1)
+@pytest.mark.parametrize("calls", [1, 4])
+def test_a_closure_is_looked_into(calls):
+    net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
+    optimizer = torch.optim.LBFGS(net.parameters(), max_iter=calls)
     batch = (torch.randn(4, 3), torch.randn(4, 1))
 
-    def loop(model, micros, scale=1.0):
+    def loop(model, micros, scale=1.0, num_steps=1):
+        called = 0
+
         def closure():
+            nonlocal called
+            called += 1
             optimizer.zero_grad()
             parts = [(model(x) - y).square().sum() / 4 for x, y in micros]
             for part in parts:
                 (part * (scale if len(micros) > 1 else 1)).backward()
             return sum(parts)
 
-        optimizer.step(closure)
+        for _ in range(num_steps):
+            optimizer.step(closure)
+        assert called >= calls
 
     assert_exact(loop, net, batch)
     wrong = verify(lambda model, micros: loop(model, micros, scale=3.0), net, batch)
     assert wrong.names == ("constant factor",)
+    twice = verify(lambda model, micros: loop(model, micros, num_steps=2), net, batch)
+    assert twice.names[0] == "optimizer steps inside the window"
+
+
+def squared(model, micros, divisor=5):
+    """Leave the right gradient of five rows, or a multiple of it."""
+    for x, y in micros:
+        ((model(x) - y).square().sum() / divisor).backward()
+
+
+def five_rows():
+    return nn.Linear(3, 1), (torch.randn(5, 3), torch.randn(5, 1))
+
+
+MEAN_OF_5 = Objective(lambda m, b: (m(b[0]) - b[1]).square().sum(), lambda b: len(b[1]))
+
+
+def test_gradients_that_no_backward_added_up_are_compared():
+    def loop(model, micros, by_hand=1):
+        parameters = list(model.parameters())
+        sums = [torch.zeros_like(p) for p in parameters]
+        for x, y in micros:
+            loss = (model(x) - y).square().sum() / 5 * (by_hand if len(micros) > 1 else 1)
+            for total, grad in zip(sums, torch.autograd.grad(loss, parameters), strict=True):
+                total += grad
+        for p, total in zip(parameters, sums, strict=True):
+            p.grad = total
+
+    assert_exact(loop, *five_rows())
+    wrong = verify(lambda model, micros: loop(model, micros, 2), *five_rows())
+    assert wrong.names == ("constant factor",)
+
+
+def test_a_clip_at_the_end_is_no_alarm_and_is_said():
+    def clipped(model, micros, divisor=5, norm=1e-2):
+        squared(model, micros, divisor)
+        nn.utils.clip_grad_norm_(model.parameters(), norm)
+
+    verdict = assert_exact(clipped, *five_rows(), objective=MEAN_OF_5)
+    assert "rescaled by" in verdict.notes[0] and "compared is what was there" in verdict.notes[0]
+    assert_exact(clipped, *five_rows())
+    free = assert_exact(lambda m, b: clipped(m, b, norm=1e9), *five_rows(), objective=MEAN_OF_5)
+    assert free.notes == ()
+
+    def undivided(model, micros):
+        clipped(model, micros, divisor=sum(len(y) for _, y in micros[:1]))
+
+    hidden = verify(undivided, *five_rows(), splits=[(1, 1, 1, 1, 1)])
+    assert "if that is a clip, it hides a missing division" in hidden.notes[0]
+    seen = verify(undivided, *five_rows(), splits=[(1, 1, 1, 1, 1)], objective=MEAN_OF_5)
+    assert seen.names == ("missing division",)
+
+
+def test_a_division_after_the_last_backward_is_part_of_the_gradient():
+    def loop(model, micros, divisor=5):
+        squared(model, micros, divisor=1)
+        for p in model.parameters():
+            p.grad /= divisor
+
+    assert assert_exact(loop, *five_rows(), objective=MEAN_OF_5).notes == ()
+    assert "cannot be seen" in assert_exact(loop, *five_rows()).notes[0]
+    wrong = verify(lambda m, b: loop(m, b, 10), *five_rows(), objective=MEAN_OF_5)
+    assert wrong.names == ("constant factor",) and "steps of 2?" in str(wrong)
+    assert "rescaled by 0.1" in wrong.notes[0]
+
+
+@pytest.mark.parametrize(("factor", "guess"), [(4, True), (21498.18, False), (4.002, False)])
+def test_a_number_of_steps_is_guessed_where_it_is_whole_and_not_large(factor, guess):
+    wrong = verify(
+        lambda m, b: squared(m, b, divisor=5 * factor), *five_rows(), objective=MEAN_OF_5
+    )
+    assert wrong.names == ("constant factor",) and ("a world size" in str(wrong)) is guess
+
+
+def test_a_fixed_divisor_and_none_look_alike_against_the_own_full_batch():
+    def fixed(model, micros):
+        for x, y in micros:
+            ((model(x) - y).square().mean() / 4).backward()
+
+    own = verify(fixed, *five_rows())
+    assert own.names == ("missing division",) and "a fixed divisor or none at all" in str(own)
+    assert "pass objective= to see it" in own.notes[-1]
+    seen = verify(fixed, *five_rows(), objective=MEAN_OF_5)
+    assert seen.names == ("configured steps",) and seen.notes == ()
+
+
+def test_what_is_left_out_is_shown():
+    case = traps.backward_of_the_last_loss_only()
+    assert "only the last micro-batch counts: [7 x 0, 0.125] where" in str(
+        verify(case.loop, case.model, case.batch, **case.options)
+    )
+    case = traps.short_micro_batch_dropped()
+    assert "of 2 micro-batches, 1 counts nothing (number 2): [1, 0] where" in str(
+        verify(case.loop, case.model, case.batch, **case.options)
+    )
+
+
+def test_a_weight_that_is_no_function_is_refused():
+    with pytest.raises(BadInput, match=r"function, and this is 'rows'\n\nhint: from_mean"):
+        Objective(MEAN_OF_5.loss, weight="rows")
 
 
 def failing(rows, wide_fails=False):

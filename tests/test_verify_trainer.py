@@ -85,6 +85,12 @@ def test_a_wrong_trainer_whose_full_batch_does_not_fit():
     assert "in float64" in verdict.reference
 
 
+@pytest.mark.parametrize("make", [traps.trainer_that_takes_no_count, traps.trainer_gpt2])
+def test_the_remedy_of_a_trainer_is_one_that_its_user_can_follow(make):
+    verdict = verify(make().loop)
+    assert [d.remedy for d in verdict.diagnoses] == ["trainer = gradaccum.attach(trainer)"]
+
+
 class Count(TrainerCallback):
     def __init__(self):
         self.calls = 0
@@ -186,6 +192,8 @@ MODULE = """
 import torch
 from torch import nn
 
+import gradaccum
+
 def loop(model, micros, wrong=True):
     for x, y in micros:
         (model(x) - y).square().sum().div(4 if not wrong else len(x)).backward()
@@ -196,6 +204,18 @@ def wrong():
 def right():
     return (lambda model, micros: loop(model, micros, wrong=False), *wrong()[1:])
 
+def measured():
+    mean = gradaccum.Objective(
+        lambda model, b: (model(b[0]) - b[1]).square().sum(), lambda b: 2 * len(b[1])
+    )
+    return *right(), mean
+
+def failing():
+    return (lambda model, micros: micros["x"]), *right()[1:]
+
+def made_wrong(x):
+    return x
+
 nothing = 3
 """
 
@@ -205,18 +225,29 @@ def test_the_command_verifies_a_loop(tmp_path, monkeypatch, capsys):
     (tmp_path / "audited_loops.py").write_text(MODULE)
     assert main(["verify", "audited_loops:wrong"]) == 1
     shown = capsys.readouterr()
-    assert "gradient 4.00 times too large at 4 micro-batches: the means" in shown.out
+    assert "gradient 4.00 times too large at 4 micro-batches: nothing divides" in shown.out
     assert "NOT exact" in shown.out and "passes over 4 examples" in shown.err
     assert main(["verify", "audited_loops:right", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["diagnoses"] == []
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)["diagnoses"] == [] and "4 x 1            error" in shown.err
+    assert main(["verify", "audited_loops:measured"]) == 1
+    assert "constant factor: gradient 2.00 times too large" in capsys.readouterr().out
     for words, message in (
         (["audited_loops:none"], "has no 'none'"),
         (["audited_loops:nothing"], "audited_loops:nothing returns int"),
         (["no_such_module:loop"], "there is no module 'no_such_module'"),
         (["audited_loops:right", "--stock"], "'--stock' does not go with audited_loops:right"),
         (["--no_such_flag"], "there is no flag --no_such_flag"),
+        (["--stok"], "did you mean --stock?"),
+        (["audited_loops"], "hint: gradaccum verify audited_loops:FUNCTION"),
+        (["./audited_loops.py:right"], "hint: gradaccum verify audited_loops:right"),
+        (["audited_loops.py:right"], "hint: gradaccum verify audited_loops:right"),
+        (["audited_loops:failing"], "failing failed with TypeError, so nothing was judged"),
+        (["audited_loops:failing"], "audited_loops.py"),
+        (["audited_loops:made_wrong"], "missing 1 required positional argument"),
     ):
         assert main(["verify", *words]) == 2
-        assert message in capsys.readouterr().err
+        shown = capsys.readouterr()
+        assert message in shown.err and shown.out == ""
     assert main(["verify", "--help"]) == 0
     assert "exit codes: 0 exact, 1 not exact" in capsys.readouterr().out

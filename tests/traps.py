@@ -155,6 +155,34 @@ def weighed_by_rows() -> Case:
     return language(loop, splits=[(3, 3, 2), (5, 2, 1)])
 
 
+@trap(9, "micro-batches left out")
+def backward_of_the_last_loss_only() -> Case:
+    def loop(model, micros):
+        for micro in micros:
+            loss = mean(model, micro) / len(micros)
+        loss.backward()
+
+    return language(loop)
+
+
+@trap(9, "micro-batches left out")
+def short_micro_batch_dropped() -> Case:
+    def loop(model, micros):
+        right(model, [m for m in micros if len(m["labels"]) == len(micros[0]["labels"])])
+
+    return language(loop)
+
+
+@trap(9, "mean of means")
+def mean_of_means_clipped_at_the_end() -> Case:
+    def loop(model, micros):
+        for micro in micros:
+            (mean(model, micro) / len(micros)).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1e-2)
+
+    return language(loop, against_engine=True)
+
+
 @trap(2, "constant factor")
 def multiplied_by_the_world_size() -> Case:
     def loop(model, micros):
@@ -304,6 +332,17 @@ def never_zeroed() -> Case:
     return stepping(before=False)
 
 
+@trap(17, "penalty per micro-batch")
+def penalty_per_micro_batch() -> Case:
+    def loop(model, micros):
+        total = count(micros)
+        for micro in micros:
+            penalty = sum(p.square().sum() for p in model.parameters() if p.requires_grad)
+            (models.oracle_loss(model, micro)[0]["loss"] / total + 0.01 * penalty).backward()
+
+    return language(loop)
+
+
 @trap(31, "16-bit sum")
 def bfloat16_buffers() -> Case:
     case = language(right)
@@ -352,6 +391,24 @@ def batch_norm() -> Case:
     case = features(squares, nn.BatchNorm1d(8, dtype=torch.float64))
     case.options["splits"] = [(2, 2, 2, 2), (5, 3)]  # one row has no variance
     return case
+
+
+@trap(26, "BatchNorm in training mode")
+def batch_norm_of_one_row() -> Case:
+    return features(squares, nn.BatchNorm1d(8, dtype=torch.float64))
+
+
+@trap(26, "BatchNorm in training mode")
+def batch_norm_that_only_the_full_batch_passes() -> Case:
+    case = features(squares, nn.BatchNorm1d(8, dtype=torch.float64))
+    net = case.model
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+
+    def loop(model, micros):
+        case.loop(model, micros)
+        optimizer.step()
+
+    return Case(loop, net, tuple(part[:3] for part in case.batch))
 
 
 @trap(27, "rows depend on each other")

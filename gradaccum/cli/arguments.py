@@ -81,8 +81,12 @@ class _Parser(TrlParser):
         raise BadInput(f"{flag}: {cause}", hint=hint)
 
 
-def parse(words: list[str]) -> Arguments | None:
+def parse(words: list[str], *, others: Iterable[str] = ()) -> Arguments | None:
     """Return the checked flags; None where all of them were asked for and printed.
+
+    Args:
+        words: The command line.
+        others: Flags that the command takes itself, to be suggested where one is misspelt.
 
     Raises:
         BadInput: A flag is unknown, has no or a wrong value, or contradicts another.
@@ -117,7 +121,8 @@ def parse(words: list[str]) -> Arguments | None:
         if isinstance(error, BadInput):
             raise
         raise BadInput(" ".join(str(error).split())) from error  # some messages are lists
-    _refuse_unknown([word for word in unknown if word.startswith("-")] or unknown, flags)
+    unknown = [word for word in unknown if word.startswith("-")] or unknown
+    _refuse_unknown(unknown, flags.union(others))
     _refuse_values(training)
     size = _effective_batch_size(own.effective_batch_size, training, given)
     return Arguments(script, training, model, size, _budget(own.budget), own.json, given)

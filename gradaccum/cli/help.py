@@ -80,11 +80,13 @@ is named, with the figure and the remedy. Nothing is trained, and everything is 
   gradaccum verify --model_name_or_path ./model --dataset_name pairs.jsonl --stock
   gradaccum verify my_project.training:audited        any loop, any Trainer
 
-FUNCTION returns (loop, model, batch):
+FUNCTION returns (loop, model, batch), or (loop, model, batch, objective):
   loop    loop(model, micro_batches) runs one effective batch, given as a list of micro-batches, and
           leaves gradients in .grad or steps an optimizer; or a transformers.Trainer
   model   the torch module; None for a Trainer
   batch   a list of examples or a collated batch; for a Trainer None for the first of its data
+  objective   a gradaccum.Objective to compare with; without one the reference is the loop's own
+          full batch, which cannot show a factor that is the same at every cut
 
   def audited():
       return my_loop, model, {"x": x, "y": y}
@@ -92,8 +94,11 @@ FUNCTION returns (loop, model, batch):
   --stock   the trainer of the flags without gradaccum's accumulation
   --json    the verdict as JSON
 
-The verdict goes to stdout, progress to stderr. A correct loop costs five passes over the batch, a
-wrong one up to eight. In a test suite: gradaccum.testing.assert_exact(loop, model, batch).
+The verdict goes to stdout, progress to stderr. A correct loop costs five or six passes over the
+batch, a wrong one up to twelve.
 
-exit codes: 0 exact, 1 not exact, 2 wrong flags, function or data
+In a test suite: gradaccum.testing.assert_exact(loop, model, batch).
+
+exit codes: 0 exact, 1 not exact, 2 not judged: wrong flags, function or data, or the function or
+            its loop failed (where is shown)
 """

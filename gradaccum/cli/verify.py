@@ -1,18 +1,24 @@
 """`gradaccum verify`: audit the trainer of the flags, or a loop named as module:function.
 
-The verdict goes to stdout, everything else to stderr. Exit codes: 0 exact, 1 not, 2 wrong usage.
+The verdict goes to stdout, everything else to stderr. Exit codes: 0 exact, 1 not, 2 not judged:
+wrong usage, or a loop or a function that failed.
 """
 
 import importlib
+import logging
 import os
 import sys
 import tempfile
 import time
+import traceback
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from gradaccum.errors import BadInput, MissingExtra
+import gradaccum
+from gradaccum.errors import BadInput, GradaccumError, MissingExtra
 from gradaccum.verdict import Verdict
 from gradaccum.verify import verify
 
@@ -23,10 +29,10 @@ def run(words: list[str]) -> int:
     """Verify what the words name, print the verdict and return the exit code."""
     as_json = "--json" in words
     rest = [word for word in words if word != "--json"]
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _progress():
         warnings.showwarning = lambda message, *_, **__: _say(f"warning: {message}")
         begin = time.perf_counter()
-        is_named = bool(rest) and ":" in rest[0] and not rest[0].startswith("-")
+        is_named = bool(rest) and not rest[0].startswith("-")
         verdict = _of_function(rest[0], rest[1:]) if is_named else _of_flags(rest)
         seconds = time.perf_counter() - begin
     _say(f"{verdict.num_passes:.1f} passes over {verdict.num_examples} examples in {seconds:.1f} s")
@@ -36,30 +42,82 @@ def run(words: list[str]) -> int:
 
 def _of_function(name: str, words: list[str]) -> Verdict:
     """Verify the loop, model and batch that a function returns."""
+    module_name, _, function_name = name.partition(":")
+    module = os.path.normpath(module_name.removesuffix(".py")).replace(os.sep, ".")
+    if module != module_name or not function_name:
+        is_data = Path(name).is_file() and not name.endswith(".py")
+        dotted = f"gradaccum verify {module.lstrip('.')}:{function_name or 'FUNCTION'}"
+        raise BadInput(
+            f"{name!r} is neither a flag nor a loop as module:function",
+            hint=f"gradaccum verify --dataset_name {name}" if is_data else dotted,
+        )
     if words:
         raise BadInput(f"{words[0]!r} does not go with {name}", hint=f"gradaccum verify {name}")
-    module_name, _, function_name = name.partition(":")
+    with _judged(name):
+        found = _named(module_name, function_name)
+        if not isinstance(found, tuple) or len(found) not in (3, 4):
+            raise BadInput(
+                f"{name} returns {type(found).__name__}, and has to return (loop, model, batch)",
+                hint="(trainer, None, None) for a Trainer; a fourth is the objective",
+            )
+        _say(f"verify    {name}")
+        loop, model, batch, objective = (*found, None)[:4]
+        return verify(loop, model, batch, objective=objective)
+
+
+def _named(module_name: str, function_name: str) -> Any:
+    """Return what a function of a module in the working directory returns."""
     sys.path.insert(0, os.getcwd())
     try:
-        function = getattr(importlib.import_module(module_name), function_name)
+        module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
             raise
         raise BadInput(
             f"there is no module {module_name!r}", hint="run it where the module can be imported"
         ) from error
-    except AttributeError as error:
-        raise BadInput(f"the module {module_name!r} has no {function_name!r}") from error
     finally:
         sys.path.remove(os.getcwd())
-    found = function() if callable(function) else function
-    if not isinstance(found, tuple) or len(found) != 3:
+    if not hasattr(module, function_name):
+        raise BadInput(f"the module {module_name!r} has no {function_name!r}")
+    function = getattr(module, function_name)
+    return function() if callable(function) else function
+
+
+@contextmanager
+def _judged(name: str) -> Iterator[None]:
+    """Show where foreign code failed, and say that there is no verdict."""
+    try:
+        yield
+    except GradaccumError:
+        raise
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        own = str(Path(gradaccum.__file__).parent)
+        foreign = [frame for frame in frames if not frame.filename.startswith((own, "<frozen"))]
+        shown = traceback.format_list(foreign or frames)  # a wrong signature fails in our frame
+        _say("".join(shown + traceback.format_exception_only(error)))
         raise BadInput(
-            f"{name} returns {type(found).__name__}, and has to return (loop, model, batch)",
-            hint="(trainer, None, None) for a Trainer",
-        )
-    _say(f"verify    {name}")
-    return verify(*found)
+            f"{name} failed with {type(error).__name__}, so nothing was judged",
+            hint="call the function by itself, and then loop(model, [batch])",
+        ) from error
+
+
+@contextmanager
+def _progress() -> Iterator[None]:
+    """Say each cut on stderr as soon as it has run: a large model takes its time."""
+    logger = logging.getLogger("gradaccum.audit")
+    handler, before = logging.StreamHandler(sys.stderr), (logger.level, logger.propagate)
+    handler.setFormatter(logging.Formatter("          %(message)s"))
+    logger.addHandler(handler)
+    try:
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before[0])
+        logger.propagate = before[1]
 
 
 def _of_flags(words: list[str]) -> Verdict:
@@ -75,7 +133,7 @@ def _of_flags(words: list[str]) -> Verdict:
             hint='pip install "gradaccum[hf]"',
         ) from error
     train._quiet()
-    arguments = parse(words)
+    arguments = parse(words, others=("--stock",))
     if arguments is None:
         raise BadInput("verify takes the flags of train", hint="gradaccum train --help-all")
     with tempfile.TemporaryDirectory() as folder:  # nothing is trained, so nothing is kept

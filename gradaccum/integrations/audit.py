@@ -21,7 +21,7 @@ from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainerControl
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
 
-from gradaccum.audit import SUM_OF_MEANS, Subject, chunks
+from gradaccum.audit import SUM_OF_MEANS, UNSEEN, Subject, chunks
 from gradaccum.batch import Listed
 from gradaccum.contract import Contract
 from gradaccum.errors import BadInput, GradaccumError
@@ -92,8 +92,9 @@ def trainer_subject(trainer: Trainer, examples: Sequence[Any] | None) -> Iterato
             take=lambda rows: trainer.data_collator([chosen[i] for i in rows]),
             alone=lambda model, rows: _alone(trainer, chosen, rows, model, contract),
             is_own=not is_models and not is_attached,
+            unseen="" if is_models or is_attached else UNSEEN,
             undivided=_undivided(trainer, chosen),
-            remedy="trainer = gradaccum.attach(trainer)",
+            remedy="" if is_attached else "trainer = gradaccum.attach(trainer)",
         )
 
 
