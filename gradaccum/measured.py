@@ -119,7 +119,7 @@ class Measured:
                 raise NotDecomposable("forwards of a few rows would change the model")
             contract = self._measure(model, host)
         if contract is not None and (odd := self._odd(contract, micros, inputs)):
-            contract = self._measure(model, host, tried=TRIED, prefer=odd)
+            contract = self._measure(model, host, tried=TRIED, prefer=odd, apart=contract.counters)
             if contract is not None and self._odd(contract, micros, inputs):
                 plain = [name for name in contract.counters if not name.endswith(CLAMPED)]
                 listed = ", or over ".join(map(describe, plain[:3]))
@@ -158,14 +158,13 @@ class Measured:
         return self._counts(inputs, num_rows, known.counters).get(known.counters[0])
 
     def _measure(
-        self, model: nn.Module, host: HostBatch, *, tried: int = 8, prefer: Sequence[int] = ()
+        self, model: nn.Module, host: HostBatch, *, tried: int = 8, **chosen: Sequence[Any]
     ) -> Contract | None:
         if self._refusal is not None:  # found once: not asked again at every step
             raise self._refusal
         for is_tight in (False, True):
             try:
-                chosen = {"tried": tried, "prefer": prefer, "is_tight": is_tight}
-                with self._probing(model, host, **chosen) as probe:
+                with self._probing(model, host, tried=tried, is_tight=is_tight, **chosen) as probe:
                     return probe.contract()
             except NotDecomposable as refusal:
                 self._refusal = refusal
@@ -223,13 +222,11 @@ class Measured:
         """Return some examples to which counters that agreed so far give other weights; or none."""
         if len(contract.counters) == 1:
             return ()
-        columns = [self._factors(contract, name, micros, inputs)[0] for name in contract.counters]
-        off = [
-            max(abs(n - first) for n in row) / max(1.0, abs(first))
-            for first, *row in zip(*columns, strict=True)
-        ]
-        most = max(range(len(off)), key=off.__getitem__)
-        return micros[most].examples[:TRIED] if off[most] > 1e-9 else ()
+        found = [self._factors(contract, name, micros, inputs) for name in contract.counters]
+        if _apart([factors for factors, _ in found])[0] <= 1e-9:
+            return ()
+        _, most = _apart([num if contract.counted else factors for factors, num in found])
+        return micros[most].examples[:TRIED]
 
     def _factors(
         self, contract: Contract, name: str, micros: Sequence[Micro], inputs: tuple[Any, ...]
@@ -415,6 +412,16 @@ def _own_loss(model: nn.Module, micro: Any) -> Any:
 
 def _resolved(losses: Sequence[Loss], weights: Sequence[float], unit: str) -> Resolved:
     return Resolved(tuple(losses), tuple({"loss": weight} for weight in weights), unit)
+
+
+def _apart(columns: list[list[float]]) -> tuple[float, int]:
+    """Return how far some columns are apart, relative to the first, and in which row most."""
+    off = [
+        max(abs(n - first) for n in row) / max(1.0, abs(first))
+        for first, *row in zip(*columns, strict=True)
+    ]
+    most = max(range(len(off)), key=off.__getitem__)
+    return off[most], most
 
 
 def _unit(name: str) -> str:

@@ -43,6 +43,7 @@ class Rows:
         name: What the loss is called in messages.
         tried: From how many short rows to choose.
         prefer: Rows to choose from besides, since they are unlike those measured before.
+        apart: Counters that are to differ; none: all.
         is_tight: Two rows as long as the longest, or many short ones, do not fit into memory.
     """
 
@@ -52,12 +53,13 @@ class Rows:
     name: str
     tried: int
     prefer: Sequence[int] = ()
+    apart: Sequence[str] = ()
     is_tight: bool = False
     num_run: int = 0  # forwards, counted by row; those with a backward count three times
     _kept: dict[Any, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.host, self.groups, short = choose(self.host, self.tried, self.prefer)
+        self.host, self.groups, short = choose(self.host, self.tried, self.prefer, self.apart)
         if self.is_tight:
             del self.groups[2:]
         self.unions = [(0, 1), (0, 2)][: len(self.groups) - 1]
@@ -216,7 +218,7 @@ def _number(loss: Tensor, key: Key) -> float:
 
 
 def choose(
-    host: HostBatch, tried: int, prefer: Sequence[int] = ()
+    host: HostBatch, tried: int, prefer: Sequence[int] = (), apart: Sequence[str] = ()
 ) -> tuple[HostBatch, list[list[int]], list[int]]:
     """Choose a row, two rows and the longest row, such that counters differ on them.
 
@@ -238,7 +240,7 @@ def choose(
         labelled = [row for row in short if all(labels(found[row]))]
         if len(labelled) > 1:
             break
-    names = [name for name in found[short[0]] if not name.endswith(CLAMPED)]
+    names = apart or [name for name in found[short[0]] if not name.startswith("total:")]
     widths = {row: _num_elements(settled.take([row])) for row in short}
     longest = max(short, key=widths.__getitem__)
     best: tuple[int, list[list[int]]] = (-1, [])
