@@ -146,11 +146,13 @@ class Rows:
 
     def see(self, key: Key) -> Seen:
         """Return what their loss is made of."""
-        with watching(self.model) as seen:
-            loss = self.run(key, None)
-        if seen.router_loss is not None and not slopes(loss, [seen.router_loss])[0].any():
-            seen.router_loss = None  # it is told, but not a part of the loss
-        return seen
+        if ("seen", key) not in self._kept:
+            with watching(self.model) as seen:
+                loss = self.run(key, None)
+            if seen.router_loss is not None and not slopes(loss, [seen.router_loss])[0].any():
+                seen.router_loss = None  # it is told, but not a part of the loss
+            self._kept["seen", key] = seen
+        return self._kept["seen", key]
 
     def terms(
         self,
