@@ -222,37 +222,45 @@ class Measured:
         """Return some examples to which counters that agreed so far give other weights; or none."""
         if len(contract.counters) == 1:
             return ()
-        found = [self._factors(contract, name, micros, inputs) for name in contract.counters]
+        found = self._factors(contract, contract.counters, micros, inputs)
         if _apart([factors for factors, _ in found])[0] <= 1e-9:
             return ()
         _, most = _apart([num if contract.counted else factors for factors, num in found])
         return micros[most].examples[:TRIED]
 
     def _factors(
-        self, contract: Contract, name: str, micros: Sequence[Micro], inputs: tuple[Any, ...]
-    ) -> tuple[list[float], list[float]]:
-        """Return by how much the loss of each micro-batch counts, and what a counter counts in it.
+        self,
+        contract: Contract,
+        names: Sequence[str],
+        micros: Sequence[Micro],
+        inputs: tuple[Any, ...],
+    ) -> list[tuple[list[float], list[float]]]:
+        """Return by how much the loss of each micro-batch counts, and what is counted in it.
 
-        With a count only the sum of all counts matters, so that stands for each.
+        One pair of lists for each counter. With a count only the sum of all that is counted
+        matters, so that stands for each.
         """
-        plain = name.removesuffix(CLAMPED)
-        num = [
-            self._counts(part, len(micro.examples), (plain,)).get(plain, 0.0)
+        plain = {name: name.removesuffix(CLAMPED) for name in names}
+        counted = [
+            self._counts(part, len(micro.examples), set(plain.values()))
             for micro, part in zip(micros, inputs, strict=True)
         ]
-        if name == SUM:
-            return [1.0] * len(num), num
-        least = 1.0 if plain != name else 0.0
-        total = max(least, sum(num))
-        if contract.counted:
-            return [total] * len(num), num
-        return [max(least, n) / (total or 1.0) for n in num], num
+        found = []
+        for name in names:
+            num = [row.get(plain[name], 0.0) for row in counted]
+            least = 1.0 if plain[name] != name else 0.0
+            total = max(least, sum(num))
+            factors = [max(least, n) / (total or 1.0) for n in num]
+            if name == SUM or contract.counted:
+                factors = [1.0 if name == SUM else total] * len(num)
+            found.append((factors, num))
+        return found
 
     def _resolved(
         self, contract: Contract, model: nn.Module, micros: list[Micro], inputs: tuple[Any, ...]
     ) -> Resolved:
         name, rows = contract.counters[0], [float(len(micro.examples)) for micro in micros]
-        factor, num = self._factors(contract, name, micros, inputs)
+        ((factor, num),) = self._factors(contract, (name,), micros, inputs)
         if contract.extra is not None or contract.routing is not None or contract.split:
             return self._of_terms(contract, model, rows, factor, inputs)
         count, unit = (1.0 if contract.counted else None), _unit(name)
