@@ -53,7 +53,7 @@ def ones(*zeros, dtype=torch.float64):
     return mask
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.long, torch.bool], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bool], ids=str)
 @pytest.mark.parametrize("first", [(), (9, 10, 11), (0, 3, 5, 9)], ids=["full", "late", "mixed"])
 @pytest.mark.parametrize(
     "get",
