@@ -6,6 +6,7 @@ measured again where counters that agreed so far would now give different weight
 
 import contextlib
 import copy
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -118,15 +119,22 @@ class Measured:
             if len(micros) == 1 and (_observed(model) or batch_norms(model)):
                 raise NotDecomposable("forwards of a few rows would change the model")
             contract = self._measure(model, host)
-        if contract is not None and (odd := self._odd(contract, micros, inputs)):
-            contract = self._measure(model, host, tried=TRIED, prefer=odd, apart=contract.counters)
-            if contract is not None and self._odd(contract, micros, inputs):
-                plain = [name for name in contract.counters if not name.endswith(CLAMPED)]
-                listed = ", or over ".join(map(describe, plain[:3]))
-                raise NotDecomposable(
-                    f"this batch does not tell what {self.name} is a mean over: {listed}",
-                    hint="shuffle the data, so that its rows differ",
-                )
+        for _ in range(3):
+            if contract is None or not (odd := self._odd(contract, micros, inputs)):
+                return contract
+            before, names = contract, contract.counters
+            contract = self._measure(model, host, tried=TRIED, prefer=odd, apart=names)
+            if contract is not None and dataclasses.replace(contract, counters=names) == before:
+                # What did not fit the rows measured before does not fit now.
+                kept = tuple(name for name in contract.counters if name in names)
+                contract = dataclasses.replace(contract, counters=kept or contract.counters)
+        if contract is not None and self._odd(contract, micros, inputs):
+            plain = [name for name in contract.counters if not name.endswith(CLAMPED)]
+            listed = ", or over ".join(map(describe, plain[:3]))
+            raise NotDecomposable(
+                f"this batch does not tell what {self.name} is a mean over: {listed}",
+                hint="shuffle the data, so that its rows differ",
+            )
         return contract
 
     def objective(self, *, size: Callable[[Any], int] = length, trim: bool = False) -> Objective:
