@@ -59,6 +59,7 @@ class Subject:
         unseen: What the reference cannot show, where it is worth a note.
         undivided: Why nothing divides by the number of micro-batches, where that is found.
         remedy: What to do about a wrong weight, where that is not to change the loop.
+        beside: Looks at what leaves no gradient, and returns a note or nothing.
     """
 
     name: str
@@ -73,6 +74,7 @@ class Subject:
     unseen: str = ""
     undivided: str = SUM_OF_MEANS
     remedy: str = ""
+    beside: Callable[[], str] = str
 
 
 def chunks(num_examples: int, size: int) -> tuple[int, ...]:
@@ -206,7 +208,7 @@ class _Audit:
             floor=floor,
             tolerance=tolerance,
             diagnoses=diagnose(evidence),
-            notes=(*notes, *filter(None, [_dropped(dropped), unseen])),
+            notes=(*notes, *filter(None, [_dropped(dropped), unseen, subject.beside()])),
             num_passes=self._num_passes,
         )
 

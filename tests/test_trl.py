@@ -148,6 +148,20 @@ def test_two_losses_with_two_counts_that_cannot_be_seen_are_refused(tmp_path, mo
         run("both", tmp_path, {"effective_batch_size": 8, "budget": gradaccum.Budget(examples=2)})
 
 
+def test_experts_are_evaluated_before_they_are_trained(tmp_path):
+    trainer, config, model, rows, *_ = KINDS["sft experts"]
+    made = trainer(
+        model=model(),
+        args=config(output_dir=str(tmp_path), **SETTINGS),
+        train_dataset=Dataset.from_list(rows),
+        eval_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer(),
+    )
+    expected = made.evaluate()["eval_loss"]
+    gradaccum.attach(made, effective_batch_size=8)
+    assert made.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-6)
+
+
 def test_evaluation_of_kto_is_its_own(tmp_path):
     trainer, config, model, rows, own, more = KINDS["kto"]
     losses = []

@@ -91,6 +91,48 @@ def test_the_remedy_of_a_trainer_is_one_that_its_user_can_follow(make):
     assert [d.remedy for d in verdict.diagnoses] == ["trainer = gradaccum.attach(trainer)"]
 
 
+def test_an_evaluation_loss_that_depends_on_its_batches_is_said(tmp_path):
+    """TRAPS 35: it leaves no gradient, so it is a note."""
+    rows = token_rows(9, seed=1)
+    for data in (rows, {"held out": rows}):
+        trainer, _ = build(tmp_path, eval_dataset=data)
+        before = dict(vars(trainer.accelerator)), dict(vars(trainer)), trainer.model.training
+        verdict = assert_exact(trainer, splits=[(4, 4)])
+        assert before == (vars(trainer.accelerator), vars(trainer), trainer.model.training)
+        (note,) = verdict.notes
+        assert "depends on per_device_eval_batch_size" in note and "attach" in note
+        one, three = _eval_losses(trainer, rows)
+        assert f"{one:.4g} in batches of 1 and {three:.4g} in batches of 3" in note
+
+
+@pytest.mark.parametrize("kind", ["hf", "sft"])
+def test_an_evaluation_loss_that_does_not_is_not(tmp_path, kind):
+    rows = prompts(9, seed=1) if kind == "sft" else token_rows(9, seed=1)
+    trainer, _ = build(tmp_path, kind, eval_dataset=rows, attach={"effective_batch_size": 8})
+    assert assert_exact(trainer, splits=[(4, 4)]).notes == ()
+    assert trainer.accumulation.evaluating is None
+    alike = [token_rows(1, seed=1)[0]] * 9
+    trainer, _ = build(tmp_path, eval_dataset=alike)
+    assert assert_exact(trainer, splits=[(4, 4)]).notes == ()
+
+
+def test_an_evaluation_that_does_not_fit_is_not_judged(tmp_path):
+    trainer, _ = build(tmp_path, eval_dataset=token_rows(9, seed=1))
+    trainer.model.register_forward_pre_hook(_fail_in_evaluation)
+    assert assert_exact(trainer, splits=[(4, 4)]).notes == ()
+
+
+def _fail_in_evaluation(module, args):
+    if not module.training:
+        raise torch.OutOfMemoryError("evaluation")
+
+
+def _eval_losses(trainer, rows):
+    for size in (1, 3):
+        trainer.args.per_device_eval_batch_size = size
+        yield trainer.evaluate(rows.select(range(8)))["eval_loss"]
+
+
 class Count(TrainerCallback):
     def __init__(self):
         self.calls = 0

@@ -25,12 +25,22 @@ COMMON = {
 }
 
 
-def build(tmp_path, kind="hf", *, attach=None, model=None, data=None, trainer=None, **kwargs):
+def build(
+    tmp_path,
+    kind="hf",
+    *,
+    attach=None,
+    model=None,
+    data=None,
+    trainer=None,
+    eval_dataset=None,
+    **kwargs,
+):
     """Make a trainer that records; attached where `attach` holds the arguments of attach."""
     compute_loss_func = kwargs.pop("compute_loss_func", None)
     settings = COMMON | {"output_dir": str(tmp_path / "out")} | kwargs
     record = Record()
-    common = {"model": model or llama(), "callbacks": [record]}
+    common = {"model": model or llama(), "callbacks": [record], "eval_dataset": eval_dataset}
     common["compute_loss_func"] = compute_loss_func
     if kind == "sft":
         args = SFTConfig(**{"gradient_checkpointing": False, "max_length": 40} | settings)

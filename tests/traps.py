@@ -584,6 +584,22 @@ def trainer_custom_compute_loss() -> Case:
     return trainer(llama(), token_rows(12), cls=Custom, collator=padded())
 
 
+@trap(11, "doubled division")
+def trainer_that_divides_beside_its_own_loss() -> Case:
+    from transformers import BertForSequenceClassification, Trainer
+
+    class Custom(Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            outputs = model(**inputs)
+            loss = outputs.loss / self.args.gradient_accumulation_steps
+            return (loss, outputs) if return_outputs else loss
+
+    model = seeded(lambda: BertForSequenceClassification(bert()))
+    made = trainer(model, classified(lambda i: i % 2), cls=Custom)
+    made.loop.model_accepts_loss_kwargs = False
+    return made
+
+
 @trap(10, "over-count")
 def trainer_gpt2() -> Case:
     from transformers import GPT2Config, GPT2LMHeadModel

@@ -9,6 +9,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -35,6 +36,7 @@ from gradaccum.types import Budget
 from gradaccum.weights import Cut
 
 NUM_EXAMPLES = 8
+EVAL_SIZES = (1, 3)  # rows a batch; 8 examples leave a short last one
 OWN, MODELS = "its own full batch", "the model's own loss of the full batch"
 Step = Callable[..., Any]  # (trainer, model, inputs, count) -> loss
 
@@ -76,7 +78,9 @@ def trainer_subject(trainer: Trainer, examples: Sequence[Any] | None) -> Iterato
             hint="make one device visible with CUDA_VISIBLE_DEVICES=0",
         )
     assert isinstance(model, nn.Module), "a trainer has a model"
-    chosen = _first(trainer) if examples is None else examples
+    if examples is None and trainer.train_dataset is None:
+        raise BadInput("the trainer has no train_dataset", hint="pass a list of examples as batch")
+    chosen = _first(trainer.train_dataset) if examples is None else examples
     if not isinstance(chosen, (list, tuple)) or not chosen:
         raise BadInput(f"a trainer is verified on a list of examples, not {type(chosen).__name__}")
     is_attached, is_models = isinstance(trainer, Attached), _is_models_loss(trainer)
@@ -94,15 +98,13 @@ def trainer_subject(trainer: Trainer, examples: Sequence[Any] | None) -> Iterato
             is_own=not is_models and not is_attached,
             unseen="" if is_models or is_attached else UNSEEN,
             undivided=_undivided(trainer, chosen),
+            beside=lambda: _evaluated(trainer),
             remedy="" if is_attached else "trainer = gradaccum.attach(trainer)",
         )
 
 
-def _first(trainer: Trainer) -> list[Any]:
-    if trainer.train_dataset is None:
-        raise BadInput("the trainer has no train_dataset", hint="pass a list of examples as batch")
-    rows = iter(trainer.train_dataset)
-    return [row for row, _ in zip(rows, range(NUM_EXAMPLES), strict=False)]
+def _first(data: Any) -> list[Any]:
+    return [row for row, _ in zip(iter(data), range(NUM_EXAMPLES), strict=False)]
 
 
 def _train(
@@ -292,6 +294,53 @@ def _contract(trainer: Trainer, examples: Sequence[Any]) -> Contract | None:
     with gradients_aside(list(trainer.model.parameters())), undisturbed(trainer.model):
         _train(trainer, examples, ((0,),), step=step)
     return found[0]
+
+
+def _evaluated(trainer: Trainer) -> str:
+    """Say if the evaluation loss of the trainer's own data depends on how it is batched."""
+    data: Any = trainer.eval_dataset
+    if isinstance(data, dict):
+        data = next(iter(data.values()), None)
+    rows = [] if data is None else _first(data)
+    if len(rows) < 2:
+        return ""
+    try:
+        one, more = (_eval_loss(trainer, rows, size) for size in EVAL_SIZES)
+    except torch.OutOfMemoryError:
+        return ""
+    is_low = trainer.args.bf16 or trainer.args.fp16 or _is_16_bit(trainer.model)
+    if math.isnan(one) or math.isclose(one, more, rel_tol=1e-2 if is_low else 1e-5):
+        return ""
+    said = (
+        f"the evaluation loss of {len(rows)} examples is {one:.4g} in batches of {EVAL_SIZES[0]} "
+        f"and {more:.4g} in batches of {EVAL_SIZES[1]}: it depends on per_device_eval_batch_size, "
+        "as a mean of batch means does"
+    )
+    if isinstance(trainer, Attached):
+        return said
+    return f"{said}; attached, each is weighed by what its loss is a mean over"
+
+
+def _is_16_bit(model: Any) -> bool:
+    return any(p.is_floating_point() and p.dtype.itemsize < 4 for p in model.parameters())
+
+
+def _eval_loss(trainer: Trainer, rows: Any, size: int) -> float:
+    twin = _twin(trainer, rows, (len(rows),))
+    twin.args.per_device_eval_batch_size = size
+    twin.args.fp16_full_eval = twin.args.bf16_full_eval = False  # they convert the model
+    if isinstance(twin, Attached):
+        twin.accumulation = copy.copy(twin.accumulation)
+    assert isinstance(trainer.model, nn.Module), "a trainer has a model"
+    modes = [(module, module.training) for module in trainer.model.modules()]
+    try:
+        with undisturbed(trainer.model):
+            loader = twin.get_eval_dataloader(rows)
+            metrics = twin.evaluation_loop(loader, "Evaluation", prediction_loss_only=True).metrics
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    return (metrics or {}).get("eval_loss", math.nan)
 
 
 @contextmanager

@@ -52,7 +52,7 @@ class Evaluated(Trainer):
             if None in weights or not sum(filter(None, weights)):
                 logger.warning(
                     f"{key} is a mean of batch means, and depends on per_device_eval_batch_size: "
-                    "it is not known what the loss of this model is a mean over"
+                    "the loss of this model is not known to be a mean over one count"
                 )
             else:
                 losses = torch.stack([loss for loss, _ in self._evaluated]).double().tolist()

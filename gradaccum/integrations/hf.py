@@ -43,6 +43,9 @@ T = TypeVar("T", bound=Trainer)
 class Attached(Evaluated):
     """Override the documented hooks of Trainer; mixed in before the trainer's own class."""
 
+    # A loss may ask for it before the trainer has taken a step.
+    current_gradient_accumulation_steps = 1
+
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         self.accumulation.begin()
         try:
