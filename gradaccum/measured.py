@@ -37,6 +37,8 @@ from gradaccum.types import Micro
 
 Loss = Callable[[nn.Module, Any], Tensor]
 TRIED = 32  # rows among which to look for some that tell counters apart
+# Shares that differ by less are the same: sums of soft labels are 1 but for rounding.
+SAME = {"float64": 1e-9, "float32": 5e-7, "low": 5e-7}
 
 
 @contextmanager
@@ -120,7 +122,7 @@ class Measured:
                 raise NotDecomposable("forwards of a few rows would change the model")
             contract = self._measure(model, host)
         for _ in range(3):
-            if contract is None or not (odd := self._odd(contract, micros, inputs)):
+            if contract is None or not (odd := self._odd(contract, model, micros, inputs)):
                 return contract
             before, names = contract, contract.counters
             contract = self._measure(model, host, tried=TRIED, prefer=odd, apart=names)
@@ -128,7 +130,7 @@ class Measured:
                 # What did not fit the rows measured before does not fit now.
                 kept = tuple(name for name in contract.counters if name in names)
                 contract = dataclasses.replace(contract, counters=kept or contract.counters)
-        if contract is not None and self._odd(contract, micros, inputs):
+        if contract is not None and self._odd(contract, model, micros, inputs):
             plain = [name for name in contract.counters if not name.endswith(CLAMPED)]
             listed = ", or over ".join(map(describe, plain[:3]))
             raise NotDecomposable(
@@ -225,13 +227,13 @@ class Measured:
         return found
 
     def _odd(
-        self, contract: Contract, micros: list[Micro], inputs: tuple[Any, ...]
+        self, contract: Contract, model: nn.Module, micros: list[Micro], inputs: tuple[Any, ...]
     ) -> tuple[int, ...]:
         """Return some examples to which counters that agreed so far give other weights; or none."""
         if len(contract.counters) == 1:
             return ()
         found = self._factors(contract, contract.counters, micros, inputs)
-        if _apart([factors for factors, _ in found])[0] <= 1e-9:
+        if _apart([factors for factors, _ in found])[0] <= SAME[self._precision(model)]:
             return ()
         _, most = _apart([num if contract.counted else factors for factors, num in found])
         return micros[most].examples[:TRIED]
@@ -433,7 +435,7 @@ def _resolved(losses: Sequence[Loss], weights: Sequence[float], unit: str) -> Re
 def _apart(columns: list[list[float]]) -> tuple[float, int]:
     """Return how far some columns are apart, relative to the first, and in which row most."""
     off = [
-        max(abs(n - first) for n in row) / max(1.0, abs(first))
+        max(abs(n - first) for n in row) / (abs(first) or 1.0)
         for first, *row in zip(*columns, strict=True)
     ]
     most = max(range(len(off)), key=off.__getitem__)
