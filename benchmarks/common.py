@@ -14,7 +14,10 @@ import gradaccum
 
 def publish(figures: dict[str, Any], out: str | None, *modules: Any) -> None:
     """Print the figures as JSON with where they come from; write them to `out` as well."""
-    words = [word for word in sys.argv[1:] if word != "--out" and word != out]
+    words = sys.argv[1:]
+    if "--out" in words:  # where the figures went says nothing about them
+        at = words.index("--out")
+        del words[at : at + 2]
     result = {
         "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *words]),
         "versions": {m.__name__: m.__version__ for m in (torch, gradaccum, *modules)},

@@ -27,7 +27,8 @@ CountedLoss = Callable[[nn.Module, Any, float | None], Tensor]
 SUM = "sum:"  # the counter of a loss that is divided by nothing
 SCANNED = 32  # rows whose values are looked at
 EXTREME = 8  # of them, to be run
-MANY = 4  # rows as long as the longest that are run together, forward only
+LONG = 4  # times the median: a row of so many tokens pads the others, and longer ones cost more
+MANY = 4  # rows as long as the long one, or as many shorter ones, run together, forward only
 NEEDS_GRAPH = "does not require grad"  # what autograd says of a derivative inside of the loss
 SAMPLE = 4096  # values of the gradient of each parameter
 
@@ -44,7 +45,7 @@ class Rows:
         tried: From how many short rows to choose.
         prefer: Rows to choose from besides, since they are unlike those measured before.
         apart: Counters that are to differ; none: all.
-        is_tight: Two rows as long as the longest, or many short ones, do not fit into memory.
+        is_tight: The long row, or many short ones at once, do not fit into memory.
     """
 
     model: nn.Module
@@ -222,9 +223,9 @@ def _number(loss: Tensor, key: Key) -> float:
 def choose(
     host: HostBatch, tried: int, prefer: Sequence[int] = (), apart: Sequence[str] = ()
 ) -> tuple[HostBatch, list[list[int]], list[int]]:
-    """Choose a row, two rows and the longest row, such that counters differ on them.
+    """Choose a row, two rows and a long row, such that counters differ on them.
 
-    Short rows are cheap, and beside the longest they are padded. Without a label in the first row
+    Short rows are cheap, and beside a long one they are padded. Without a label in the first row
     its loss would be 0 / 0; one without in the second group tells rows with a label from rows.
 
     Returns:
@@ -233,9 +234,11 @@ def choose(
     """
     lengths = [length(example) for example in host]
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
-    within = [row for row in order[:-1] if lengths[row] <= lengths[order[:tried][-1]]]
+    enough = LONG * lengths[order[len(order) // 2]]
+    long = [row for row in order if lengths[row] <= enough][-1]
+    within = [row for row in order if row != long and lengths[row] <= lengths[order[:tried][-1]]]
     prefer = [*prefer, *_extreme(host, within[:: -(-len(within) // SCANNED) or 1])]
-    for rows in (list(dict.fromkeys([*prefer, *order[:tried], order[-1]])), order):
+    for rows in (list(dict.fromkeys([*prefer, *order[:tried], long])), order):
         settled = host.settled(rows) if isinstance(host, Listed) else host
         short = list(range(len(rows))) if settled is not host else rows
         found = {row: counts(settled.take([row]), 1) for row in short}
