@@ -128,6 +128,20 @@ def test_sigterm_saves_a_checkpoint_and_says_how_to_go_on(model_dir, data_file, 
     assert main([*command[1:], f"--max_steps={step + 1}"]) == 0  # the words are the command's
 
 
+def test_a_signal_inside_of_a_print_is_no_error(monkeypatch, capfd):
+    """A buffered stderr refuses a second write from a handler that came during the first."""
+
+    class Printing:
+        def write(self, text):
+            raise RuntimeError("reentrant call inside <_io.BufferedWriter name='<stderr>'>")
+
+    stopping = StopOnSignal()
+    monkeypatch.setattr("sys.stderr", Printing())
+    stopping._receive(signal.SIGTERM, None)
+    assert stopping.received == signal.SIGTERM
+    assert "stopping after this step" in capfd.readouterr().err
+
+
 def test_a_second_signal_stops_at_once(model_dir, data_file, tmp_path):
     words = [
         sys.executable, "-m", "gradaccum", "train", f"--model_name_or_path={model_dir}",

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import os
 import signal
 import sys
 import time
@@ -215,11 +216,11 @@ class StopOnSignal(TrainerCallback):
         if self.received is not None:
             raise KeyboardInterrupt(number)
         self.received = number
-        print(
-            "\nstopping after this step, to save a checkpoint "
-            "(once more: at once, without saving) ...",
-            file=sys.stderr,
-            flush=True,
+        # Not print: the signal may come inside of one, and sys.stderr refuses a second.
+        os.write(
+            2,
+            b"\nstopping after this step, to save a checkpoint "
+            b"(once more: at once, without saving) ...\n",
         )
 
 
