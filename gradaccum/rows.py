@@ -234,11 +234,10 @@ def choose(
     """
     lengths = [length(example) for example in host]
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
-    enough = LONG * lengths[order[len(order) // 2]]
-    long = [row for row in order if lengths[row] <= enough][-1]
-    within = [row for row in order if row != long and lengths[row] <= lengths[order[:tried][-1]]]
+    near = [row for row in order if lengths[row] <= LONG * lengths[order[len(order) // 2]]]
+    within = [row for row in near[:-1] if lengths[row] <= lengths[near[:tried][-1]]]
     prefer = [*prefer, *_extreme(host, within[:: -(-len(within) // SCANNED) or 1])]
-    for rows in (list(dict.fromkeys([*prefer, *order[:tried], long])), order):
+    for rows in (list(dict.fromkeys([*prefer, *near[:tried], near[-1]])), order):
         settled = host.settled(rows) if isinstance(host, Listed) else host
         short = list(range(len(rows))) if settled is not host else rows
         found = {row: counts(settled.take([row]), 1) for row in short}

@@ -262,3 +262,19 @@ def test_soft_labels_whose_sums_are_one_but_for_rounding_are_rows():
     given = [{"x": batch(i)["x"].float(), "soft": rows} for i, rows in enumerate(soft)]
     assert any((rows.double().sum(1) != 1).any() for rows in soft)
     assert max(errors(loss, given, net=mlp().float())) < 5e-7
+
+
+def test_a_row_far_longer_than_the_others_is_not_run_to_measure():
+    """It would take most of the time, and more memory than the others need."""
+    net, widths = nn.Embedding(9, 3).double(), []
+
+    def loss(net, b):
+        widths.append(b["input_ids"].shape[1])
+        picked = net(b["input_ids"]).square().sum(-1) * (b["labels"] != -100)
+        return picked.sum() / (b["labels"] != -100).sum()
+
+    lengths = [3, 5, 4, 6, 7, 20, 100]
+    rows = [{"input_ids": [1 + i % 8] * n, "labels": [1] * n} for i, n in enumerate(lengths)]
+    budget = gradaccum.Budget(examples=1)
+    gradaccum.Accumulator(net, from_mean(loss), budget=budget).prepare(rows)
+    assert max(widths) == 20
