@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gradaccum.device import is_out_of_memory, suppressing_out_of_memory
 from gradaccum.diagnosis import diagnose
 from gradaccum.errors import BadInput, GradaccumError
 from gradaccum.measures import dot, norm, relative_error, rounding
@@ -218,8 +219,8 @@ class _Audit:
         work = functools.partial(self._subject.run, cut)
         try:
             trace = self._watch.run(work)
-        except torch.OutOfMemoryError:
-            if len(cut) > 1:
+        except Exception as error:
+            if len(cut) > 1 or not is_out_of_memory(error):
                 raise
             return None
         gradients = self._gradients(trace)
@@ -235,7 +236,7 @@ class _Audit:
 
     def _whole(self) -> Trace:
         """Run the full batch, by our own engine one example at a time where it does not fit."""
-        with contextlib.suppress(torch.OutOfMemoryError):
+        with suppressing_out_of_memory():
             return self._reference(self._rows)
         # Outside of the except block, whose traceback keeps every activation alive.
         num, alone = counted(len(self._rows), "example"), self._subject.alone
@@ -246,7 +247,7 @@ class _Audit:
             )
         self._run_whole = functools.partial(alone, self._subject.model)
         self._reference_name = f"{ONE_BY_ONE} in the model's own precision, as {UNFIT}"
-        with contextlib.suppress(torch.OutOfMemoryError):
+        with suppressing_out_of_memory():
             return self._reference(self._rows)
         raise BadInput(
             f"of {num}, not even one at a time fits into memory", hint="give shorter examples"

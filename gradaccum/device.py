@@ -1,15 +1,68 @@
-"""What the engine asks of a device: memory figures, and time measured without waiting for it.
+"""What the engine asks of a device: memory figures and errors, and time measured without waiting.
 
 On the CPU memory is that of the process.
 """
 
 import functools
+import gc
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
+
+# Messages that mean out of memory where the error is no `torch.OutOfMemoryError`. Not among them:
+# "out of resource" of Triton (shared memory, which a smaller batch does not change) and
+# CUDNN_STATUS_NOT_SUPPORTED (which accelerate takes for it, and which may mean any unsupported
+# shape: halving until one example is left would hide that).
+OUT_OF_MEMORY = (
+    "DefaultCPUAllocator: can't allocate memory",  # c10/core/impl/alloc_cpu.cpp
+    "DefaultCPUAllocator: not enough memory",  # the same on Windows
+    "CUDA error: out of memory",  # cudaMalloc outside of torch's allocator
+    "CUDA driver error: out of memory",  # cuMemCreate with expandable segments
+    "HIP error: out of memory",
+    "MPS backend out of memory",  # aten/src/ATen/mps/MPSAllocator.mm
+    "UR_RESULT_ERROR_OUT_OF_DEVICE_MEMORY",  # SYCL, on xpu
+    "UR_RESULT_ERROR_OUT_OF_RESOURCES",
+    # Handles and workspaces that libraries allocate for themselves; aten/src/ATen/cuda/CUDABlas.cpp
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUSOLVER_STATUS_ALLOC_FAILED",
+    "CUSPARSE_STATUS_ALLOC_FAILED",
+    "CUFFT_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",  # cuDNN 8
+    "CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",  # cuDNN 9
+    "CUDNN_STATUS_INTERNAL_ERROR_HOST_ALLOCATION_FAILED",
+)
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Tell whether memory ran out; also where a compiler wrapped that error in one of its own."""
+    while error is not None:
+        if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+            return True
+        if isinstance(error, RuntimeError) and any(t in str(error) for t in OUT_OF_MEMORY):
+            return True
+        error = error.__cause__
+    return False
+
+
+@contextmanager
+def suppressing_out_of_memory() -> Iterator[None]:
+    """Go on after what is inside if it runs out of memory; other errors are raised."""
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+
+
+def release(device: torch.device) -> None:
+    """Give memory back that nothing uses: cycles that hold tensors, the allocator's cache."""
+    gc.collect()
+    if device.type != "cpu":
+        torch.get_device_module(device).empty_cache()
 
 
 def peak_bytes(device: torch.device) -> int:

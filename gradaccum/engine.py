@@ -5,10 +5,13 @@
         (loss / weight of the whole batch).backward()    # adds into .grad
 
 The weight is counted on the host before the first forward. Nothing in the loop waits for the
-device. The optimizer step, clipping, the scaler, the scheduler and logging are not here and never
-will be: they belong to whoever calls.
+device. If memory runs out, the step's gradients are dropped, what its forwards changed is put back,
+and the whole effective batch runs again in smaller micro-batches. The optimizer step, clipping, the
+scaler, the scheduler and logging are not here and never will be: they belong to whoever calls.
 """
 
+import dataclasses
+import logging
 import math
 import warnings
 from collections.abc import Callable
@@ -20,12 +23,15 @@ from torch import Tensor, nn
 
 from gradaccum import device as device_memory
 from gradaccum.batch import Collate, HostBatch, as_batch
-from gradaccum.errors import BadInput, CountMismatch, NotDecomposable
+from gradaccum.errors import LESS_MEMORY, BadInput, CountMismatch, DoesNotFit, NotDecomposable
 from gradaccum.objective import Objective, by_term, shares, sum_and_weight
 from gradaccum.split import split
-from gradaccum.state import accumulating, batch_norms
+from gradaccum.state import Past, Random, accumulating, batch_norms
 from gradaccum.trees import to_device
-from gradaccum.types import Budget, Micro, Step
+from gradaccum.types import Budget, Micro, Recovery, Step
+
+KEPT = 2**20  # elements of buffers that are kept in each step, to be put back if it runs again
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +45,8 @@ class Window:
         weights: Their weights by term; None where the loss reports its weight.
         totals: The weights of the whole effective batch by term.
         unit: What the weights count.
+        host: The effective batch, to be cut again if a micro-batch does not fit.
+        random: The random state before it was collated.
     """
 
     micros: tuple[Micro, ...]
@@ -47,6 +55,8 @@ class Window:
     weights: tuple[dict[str, float], ...] | None
     totals: dict[str, float] | None
     unit: str
+    host: HostBatch
+    random: Random
 
 
 class Accumulator:
@@ -68,7 +78,8 @@ class Accumulator:
         model: Any module that holds all parameters to train, those of a loss as well. Frozen,
             tied and unused parameters are fine.
         objective: What is minimised, see `Objective`.
-        budget: How large one micro-batch may be. May be set anew between two calls.
+        budget: How large one micro-batch may be. May be set anew between two calls. Once memory
+            has run out, `limit` holds as well: half of what did not fit, until it is set to None.
         collate: Turns a list of examples into a micro-batch; `pad_collate` if not given.
         accumulate_dtype: Keep the sum at least this wide; None: in each parameter's own dtype.
         grad_dtype: Hand over gradients in this dtype, and leave `p.grad_dtype` at it; None: in
@@ -113,12 +124,14 @@ class Accumulator:
         self.model = model
         self.objective = objective
         self.budget = budget
+        self.limit: Budget | None = None
         self._collate = collate
         self._accumulate_dtype = accumulate_dtype
         self._grad_dtype = grad_dtype
         self._backward = backward
         self._after_micro = after_micro
         self._last: Step | None = None
+        self._running: Micro | None = None
 
     def prepare(self, batch: Any) -> Window:
         """Cut, collate and count an effective batch on the host; `backward` takes the result.
@@ -128,17 +141,19 @@ class Accumulator:
         Raises:
             BadInput: The batch is empty or a weight is negative or not finite.
         """
+        before = Random()
         host: HostBatch = as_batch(batch, self._collate, trim=self.objective.trim)
-        micros = split(host, self.objective, self.budget)
+        micros = split(host, self.objective, self.budget.within(self.limit))
         inputs = tuple(host.take(micro.examples) for micro in micros)
         losses, unit = (self.objective.loss,) * len(micros), self.objective.unit
         if self.objective.resolve is not None:
             _refuse_coupled(self.model, len(micros))
             losses, weights, unit = self.objective.resolve(self.model, host, micros, inputs)
         elif self.objective.weight is None:
-            return Window(tuple(micros), inputs, losses, None, None, unit)
+            return Window(tuple(micros), inputs, losses, None, None, unit, host, before)
         else:
             weights = tuple(by_term(self.objective.weight(part)) for part in inputs)
+        self._running = micros[0]
         names = {name: None for weight in weights for name in weight}
         if any(weight.keys() != names.keys() for weight in weights):
             raise CountMismatch(
@@ -146,31 +161,74 @@ class Accumulator:
                 hint="return every term for every micro-batch, 0 where it does not occur",
             )
         totals = {name: math.fsum(weight[name] for weight in weights) for name in names}
-        return Window(tuple(micros), inputs, losses, weights, totals, unit)
+        return Window(tuple(micros), inputs, losses, weights, totals, unit, host, before)
 
     def backward(self, batch: Any) -> Step:
         """Fill `.grad` with the gradient of the effective batch.
 
-        Whatever fails, the gradients of this window are dropped: never half a batch.
+        Whatever fails, the gradients of this window are dropped: never half a batch. If memory
+        runs out, random state and buffers are put back and the whole batch runs again, in
+        micro-batches of half the size that failed: bit for bit what they give at once.
 
         Args:
-            batch: A list of examples on the host, a collated batch, or what `prepare` returned.
+            batch: A list of examples on the host, a collated batch, what `prepare` returned, or a
+                function that returns that, which is called again after memory ran out.
 
         Raises:
             BadInput: Gradients of an unfinished step are still there; the batch is empty; there
                 is more than one process.
             CountMismatch: `loss` and `weight` name different terms.
+            DoesNotFit: Memory ran out at a single example.
             NotDecomposable: There are several micro-batches, and BatchNorm is in training mode or
                 a hook waits for accumulated gradients.
         """
+        self._warn_of_last()
+        past, recoveries = Past(self.model, largest=KEPT), list[Recovery]()
+        while True:
+            self._running = None
+            try:
+                self._last = dataclasses.replace(self.attempt(batch), recoveries=tuple(recoveries))
+                return self._last
+            except Exception as error:
+                if self._running is None or not device_memory.is_out_of_memory(error):
+                    raise
+                said = (str(error) or type(error).__name__).splitlines()[0]
+            # Only out here has the traceback let go of the activations.
+            past.restore()
+            if isinstance(batch, Window):
+                batch.random.restore()
+                batch = batch.host
+            device_memory.release(next(self.model.parameters()).device)
+            recoveries.append(self._shrink(self._running, said))
+            logger.warning(str(recoveries[-1]))
+
+    def _shrink(self, failed: Micro, said: str) -> Recovery:
+        """Halve the budget from what did not fit."""
+        num = len(failed.examples)
+        if num == 1:
+            raise DoesNotFit(
+                f"example {failed.examples[0]} of the effective batch, of size {failed.size:,}, "
+                f"does not fit into memory by itself: {said}",
+                hint=LESS_MEMORY,
+            )
+        half = Budget(tokens=failed.size // 2) if failed.size > 1 else Budget(examples=num // 2)
+        self.limit = half.within(self.limit)
+        return Recovery(failed, self.limit, said)
+
+    def attempt(self, batch: Any) -> Step:
+        """Do as `backward` does, once: if memory runs out, that error is raised.
+
+        Raises:
+            Exception: As `backward`, without `DoesNotFit`.
+        """
         _refuse_ranks()
-        window = batch if isinstance(batch, Window) else self.prepare(batch)
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         if not parameters:
             raise BadInput("the model has no parameter that requires a gradient")
-        device = parameters[0].device
-        self._warn_of_last()
         _require_cleared(parameters)
+        window = batch() if callable(batch) else batch
+        window = window if isinstance(window, Window) else self.prepare(window)
+        device = parameters[0].device
         _refuse_coupled(self.model, len(window.micros))
         stop = device_memory.stopwatch(device)
         late = None
@@ -184,23 +242,25 @@ class Accumulator:
                     if p.grad is not None:
                         p.grad.div_(divisor)
             elif not any(window.totals.values()):
-                warnings.warn(f"no {window.unit}: the gradients are zero", stacklevel=2)
+                warnings.warn(f"no {window.unit}: the gradients are zero", stacklevel=3)
                 for p in parameters:
                     p.grad = torch.zeros_like(p, dtype=p.grad_dtype)
-        self._last = Step(
+            total, on_host = losses.sum(), losses.to("cpu", non_blocking=True)
+            late = None if late is None else late.to("cpu", non_blocking=True)
+        return Step(
             micros=window.micros,
             weights=window.totals,
             unit=window.unit,
             peak_bytes=device_memory.peak_bytes(device),
             total_bytes=device_memory.total_bytes(device),
             names=tuple(window.totals or ("loss",)),
-            loss_tensor=losses.sum(),
-            _losses=losses.to("cpu", non_blocking=True),
+            loss_tensor=total,
+            recoveries=(),
+            _losses=on_host,
             _ran=ran,
-            _late_weight=None if late is None else late.to("cpu", non_blocking=True),
+            _late_weight=late,
             _wait=stop(),
         )
-        return self._last
 
     def _run(
         self, window: Window, device: torch.device
@@ -215,6 +275,7 @@ class Accumulator:
         losses: list[Tensor] = []
         reported: list[Tensor] = []
         for i, (micro, inputs) in enumerate(zip(window.micros, window.inputs, strict=True)):
+            self._running = micro
             # A micro-batch without weight adds zero; running it could add 0 * inf instead.
             if window.weights is None or any(window.weights[i].values()):
                 loss = window.losses[i](self.model, to_device(inputs, device))

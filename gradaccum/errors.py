@@ -3,6 +3,7 @@
     GradaccumError
     |-- BadInput          a wrong argument, file or setting; said before any work starts
     |   `-- CountMismatch the loss and the weight name different terms
+    |-- DoesNotFit        not even one example fits into memory
     |-- NotDecomposable   no sum over micro-batches gives the gradient of the full batch
     `-- MissingExtra      an optional dependency is not installed
 
@@ -25,6 +26,16 @@ class BadInput(GradaccumError, ValueError):
 
 class CountMismatch(BadInput):
     """Report a loss and a weight that name different terms."""
+
+
+class DoesNotFit(GradaccumError):
+    """Report what needs more memory than there is, however small its micro-batches are."""
+
+
+LESS_MEMORY = (
+    "gradient checkpointing, shorter examples (max_length), fewer trained parameters (LoRA), or a "
+    "loss that does not hold all logits"
+)
 
 
 class NotDecomposable(GradaccumError):

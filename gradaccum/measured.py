@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from gradaccum.batch import HostBatch
 from gradaccum.contract import OWN, Contract, Probe
 from gradaccum.counters import CLAMPED, counts, describe
-from gradaccum.errors import BadInput, NotDecomposable
+from gradaccum.device import is_out_of_memory
+from gradaccum.errors import LESS_MEMORY, BadInput, DoesNotFit, NotDecomposable
 from gradaccum.objective import (
     Number,
     Objective,
@@ -179,9 +180,15 @@ class Measured:
             except NotDecomposable as refusal:
                 self._refusal = refusal
                 raise
-            except torch.OutOfMemoryError:
-                if is_tight:
+            except Exception as error:
+                if not is_out_of_memory(error):
                     raise
+                said = str(error).splitlines()[0]
+        raise DoesNotFit(
+            f"memory ran out while it was measured how {self.name} is reduced, on a few examples "
+            f"one at a time: {said}",
+            hint=LESS_MEMORY,
+        )
 
     @contextmanager
     def _probing(self, model: nn.Module, host: HostBatch, **chosen: Any) -> Iterator[Probe]:

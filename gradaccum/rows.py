@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from gradaccum.batch import HostBatch, Listed
 from gradaccum.counters import CLAMPED, counts
+from gradaccum.device import is_out_of_memory
 from gradaccum.errors import GradaccumError, NotDecomposable
 from gradaccum.objective import length
 from gradaccum.reductions import Routing, Seen, Terms, attention_mask, slopes, watching
@@ -120,7 +121,7 @@ class Rows:
         try:
             return self.loss(self.model, self.inputs(key), count)
         except (RuntimeError, ValueError, IndexError) as error:
-            is_known = isinstance(error, (torch.OutOfMemoryError, GradaccumError))
+            is_known = isinstance(error, GradaccumError) or is_out_of_memory(error)
             if is_known or len(key) > 1 or NEEDS_GRAPH in str(error):
                 raise
             raise NotDecomposable(

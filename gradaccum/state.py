@@ -8,12 +8,83 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TypeGuard
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
+
+from gradaccum.errors import BadInput
+
+
+class Random:
+    """Hold the random state of Python, NumPy, the CPU and every accelerator that is in use.
+
+    Collators and some models (masking of spectrograms in transformers) draw from the first two.
+    """
+
+    def __init__(self) -> None:
+        self._python, self._cpu = random.getstate(), torch.get_rng_state()
+        numpy = sys.modules.get("numpy")
+        self._numpy = numpy.random.get_state() if numpy else None
+        self._devices = _device_states()
+
+    def restore(self) -> None:
+        """Draw the same numbers again."""
+        random.setstate(self._python)
+        torch.set_rng_state(self._cpu)
+        if self._numpy is not None:
+            sys.modules["numpy"].random.set_state(self._numpy)
+        for i, state in enumerate(self._devices):
+            module = torch.get_device_module()
+            module.set_rng_state(state) if module is torch.mps else module.set_rng_state(state, i)
+
+
+class Past:
+    """Hold what forwards change besides gradients: random state, buffers, plain attributes.
+
+    Attributes belong to buffers: they tell, say, for which length a table was computed. They are
+    bound to what they were; lists changed in place stay, and so does what is new.
+
+    Args:
+        model: Whose forwards will run.
+        largest: Keep the values of buffers of up to so many elements; by default of all.
+    """
+
+    def __init__(self, model: nn.Module, *, largest: int | None = None) -> None:
+        self.random = Random()
+        self._modules = [
+            (m, {k: v for k, v in vars(m).items() if not k.startswith("_")}, dict(m._buffers))
+            for m in model.modules()
+        ]
+        self._values: list[tuple[Tensor, Tensor]] = []
+        self._others: list[tuple[str, Tensor, int]] = []
+        for name, buffer in model.named_buffers():
+            if largest is None or buffer.numel() <= largest:
+                if _is_written(buffer):
+                    self._values.append((buffer, buffer.detach().clone()))
+            else:
+                self._others.append((name, buffer, buffer._version))
+
+    def restore(self) -> None:
+        """Put it back.
+
+        Raises:
+            BadInput: A buffer was written whose values were not kept.
+        """
+        self.random.restore()
+        with torch.no_grad():
+            for module, plain, named in self._modules:
+                vars(module).update(plain)
+                module._buffers.update(named)
+            for buffer, value in self._values:
+                buffer.resize_(value.shape).copy_(value)
+        for name, buffer, version in self._others:
+            if buffer._version != version:
+                raise BadInput(
+                    f"a forward wrote into the buffer {name} of {buffer.numel():,} elements, and "
+                    "its values were too many to be kept"
+                )
 
 
 @contextmanager
@@ -21,43 +92,28 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     """Put back, on leaving, random state, the model's buffers and its modules' plain attributes.
 
     Whatever runs inside (a probe, a proof) leaves the training run as if it had not happened.
-    Attributes belong to buffers: they tell, say, for which length a table was computed. They are
-    bound to what they were; lists changed in place stay, and so does what is new. The random
-    state is that of every device, and of Python and NumPy, from which collators and some models
-    (masking of spectrograms in transformers) draw.
     """
-    devices = (
-        list(range(torch.accelerator.device_count())) if torch.accelerator.is_available() else []
-    )
-    kind = torch.accelerator.current_accelerator() if devices else None
-    modules = list(model.modules())
-    attributes = [{k: v for k, v in vars(m).items() if not k.startswith("_")} for m in modules]
-    buffers = [dict(m._buffers) for m in modules]
-    values = [
-        (b, b.detach().clone()) for named in buffers for b in named.values() if _is_written(b)
-    ]
-    python, numpy = random.getstate(), sys.modules.get("numpy")
-    drawn = numpy.random.get_state() if numpy else None
+    past = Past(model)
     try:
-        with torch.random.fork_rng(devices, device_type=kind.type if kind else "cuda"):
-            yield
+        yield
     finally:
-        random.setstate(python)
-        if numpy:
-            numpy.random.set_state(drawn)
-        with torch.no_grad():
-            for module, plain, named in zip(modules, attributes, buffers, strict=True):
-                vars(module).update(plain)
-                module._buffers.update(named)
-            for buffer, value in values:
-                buffer.resize_(value.shape).copy_(value)
+        past.restore()
 
 
-def _is_written(buffer: torch.Tensor | None) -> TypeGuard[torch.Tensor]:
+def _is_written(buffer: Tensor) -> bool:
     """Tell whether a forward can write into a buffer: not if it is expanded or holds nothing."""
-    if buffer is None or buffer.is_meta or buffer.layout is not torch.strided:
-        return False
-    return 0 not in buffer.stride()
+    return not buffer.is_meta and buffer.layout is torch.strided and 0 not in buffer.stride()
+
+
+def _device_states() -> list[Tensor]:
+    """Return the random state of each accelerator, in order; asking does not start any."""
+    if not torch.accelerator.is_available():
+        return []
+    module = torch.get_device_module()
+    if module is torch.mps:
+        return [module.get_rng_state()]
+    used = range(torch.accelerator.device_count()) if module.is_initialized() else ()
+    return [module.get_rng_state(i) for i in used]
 
 
 # What modules and their configs call the chance by which a forward in training mode changes values.

@@ -54,6 +54,14 @@ class Budget:
             if bound is not None and bound < 1:
                 raise BadInput(f"Budget({name}={bound}) is below 1")
 
+    def within(self, limit: "Budget | None") -> "Budget":
+        """Return the budget with the smaller of both bounds, where two are given."""
+        if limit is None:
+            return self
+        tokens = [n for n in (self.tokens, limit.tokens) if n is not None]
+        examples = [n for n in (self.examples, limit.examples) if n is not None]
+        return Budget(min(tokens, default=None), min(examples, default=None))
+
     def __str__(self) -> str:
         bounds = ((self.tokens, "token"), (self.examples, "example"))
         return " and ".join(counted(bound, noun) for bound, noun in bounds if bound is not None)
@@ -73,6 +81,28 @@ class Micro(NamedTuple):
     useful: int
 
 
+@dataclass(frozen=True, slots=True)
+class Recovery:
+    """Tell how a step went on after it ran out of memory: from its beginning, in smaller parts.
+
+    Args:
+        micro: What did not fit.
+        limit: The budget that holds from then on.
+        error: What the device said, its first line.
+    """
+
+    micro: Micro
+    limit: Budget
+    error: str
+
+    def __str__(self) -> str:
+        return (
+            f"out of memory at {counted(len(self.micro.examples), 'example')} of size "
+            f"{self.micro.size:,}: the step runs again from its beginning in micro-batches of up "
+            f"to {self.limit}; the gradient is the same ({self.error})"
+        )
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Step:
     """Tell what one `Accumulator.backward` did.
@@ -88,6 +118,7 @@ class Step:
         total_bytes: Memory of that device.
         names: The terms of the loss.
         loss_tensor: The loss, shape (), on the device; handing it on does not wait.
+        recoveries: How often, and how, it ran out of memory before it fitted.
     """
 
     micros: tuple[Micro, ...]
@@ -97,6 +128,7 @@ class Step:
     total_bytes: int
     names: tuple[str, ...]
     loss_tensor: Any = field(repr=False)
+    recoveries: tuple[Recovery, ...]
     # Shape (micro-batches run, terms) on the host; complete once `_wait` has returned.
     _losses: Any = field(repr=False)
     _ran: tuple[int, ...] = field(repr=False)
@@ -165,6 +197,7 @@ class Step:
         parts = [f"loss {self.loss:.4f}", f"{total:,.0f} {self.unit} in {micros}"]
         if not total:
             parts.append(f"no {self.unit}: the gradients are zero")
+        parts += [f"out of memory, now {recovery.limit}" for recovery in self.recoveries[-1:]]
         parts += [f"not finite: examples {list(micro.examples)}" for micro in self.nonfinite]
         if self.total_bytes:
             parts.append(f"peak {self.peak_bytes / GIB:.1f} of {self.total_bytes / GIB:.1f} GiB")

@@ -149,13 +149,13 @@ def _widened(host: HostBatch) -> HostBatch:
 
 def _accumulate(accumulator: Accumulator, host: HostBatch, rows: Sequence[int], size: int) -> None:
     """Run some rows in micro-batches of `size` rows, whatever the budget is otherwise."""
-    budget = accumulator.budget
+    budget, limit = accumulator.budget, accumulator.limit
     if isinstance(host, Listed):
         chosen: HostBatch = host.settled(rows)
     else:
         chosen = Collated(host.take(rows), trim=accumulator.objective.trim)
     try:
-        accumulator.budget = Budget(examples=size)
-        accumulator.backward(chosen)
+        accumulator.budget, accumulator.limit = Budget(examples=size), None
+        accumulator.attempt(chosen)
     finally:
-        accumulator.budget = budget
+        accumulator.budget, accumulator.limit = budget, limit
