@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import torch
 
 from gradaccum.cli.arguments import Arguments
 from gradaccum.cli.progress import Metrics
+from gradaccum.device import suppressing_out_of_memory
 from gradaccum.integrations.accumulation import CPU_TOKENS
 from gradaccum.objective import causal_lm, length
 from gradaccum.split import split
@@ -131,7 +131,6 @@ def _prove(trainer: Any) -> Proof | None:
     batch = sorted(batch, key=length)
     while len(batch) > 1 and len(batch) * length(batch[-1]) > PROOF_TOKENS:
         batch.pop()
-    try:
+    with suppressing_out_of_memory():
         return trainer.proof(batch)
-    except torch.OutOfMemoryError:
-        return None
+    return None

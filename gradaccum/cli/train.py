@@ -17,7 +17,6 @@ from typing import Any
 import datasets
 import huggingface_hub
 import safetensors
-import torch
 import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import get_last_checkpoint
@@ -28,7 +27,8 @@ from gradaccum.cli import data, embedded
 from gradaccum.cli.arguments import Arguments, parse
 from gradaccum.cli.progress import Metrics, Progress, Samples, StopOnSignal
 from gradaccum.cli.summary import describe, say, summarise
-from gradaccum.errors import BadInput
+from gradaccum.device import is_out_of_memory
+from gradaccum.errors import BadInput, DoesNotFit
 from gradaccum.integrations.hf import attach
 from gradaccum.types import IGNORE_INDEX
 
@@ -163,10 +163,10 @@ def _trainer(arguments: Arguments, output: Path) -> Any:
             peft_config=get_peft_config(model_args),
         )
         trainer.create_optimizer()  # now, so that its arguments are checked before the run begins
-    except torch.OutOfMemoryError:
-        raise
     except (OSError, ValueError, ImportError, RuntimeError, safetensors.SafetensorError) as error:
         cause = _first_line(error)
+        if is_out_of_memory(error):
+            raise DoesNotFit(f"the model does not fit into memory: {cause}") from error
         hint = next((hint for words, hint in HINTS.items() if words in str(error)), "")
         raise BadInput(f"TRL's SFTTrainer refuses this: {cause}", hint=hint) from error
     _refuse_untrained(trainer.train_dataset, arguments)

@@ -13,10 +13,12 @@ from transformers.trainer_utils import has_length
 
 from gradaccum.batch import Collate, Listed
 from gradaccum.contract import Contract
+from gradaccum.device import is_out_of_memory
 from gradaccum.engine import Accumulator, Window
-from gradaccum.errors import BadInput
+from gradaccum.errors import BadInput, DoesNotFit
 from gradaccum.measured import Measured
 from gradaccum.objective import causal_lm, length
+from gradaccum.optimizers import materialize
 from gradaccum.reductions import Routing
 from gradaccum.split import split
 from gradaccum.types import Budget, Step
@@ -24,6 +26,10 @@ from gradaccum.types import Budget, Step
 # A CPU runs micro-batches of 512 tokens as fast as larger ones (docs/log.md), so more rows at once
 # would only pad and take memory. An accelerator has no such small knee.
 CPU_TOKENS = 512
+LESS_STATE = (
+    "an optimizer with a smaller state (optim='adamw_8bit', 'paged_adamw_8bit', 'adafactor'), or "
+    "fewer trained parameters (LoRA)"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +134,41 @@ class Accumulation:
         self.measured: Measured | None = None
         self.evaluating: Measured | None = None  # where nothing has been trained yet
         self.accumulator: Accumulator | None = None
+        self.is_stepping = False  # the optimizer, just now
+
+
+class OptimizerStep(TrainerCallback):
+    """Make the optimizer's state before the first step, and note when a step runs.
+
+    A step that runs out of memory cannot be run again, so that it should not be the first that
+    asks for its state.
+
+    Args:
+        accumulation: Of the attached trainer.
+    """
+
+    def __init__(self, accumulation: Accumulation) -> None:
+        self._accumulation = accumulation
+
+    def on_train_begin(self, *_: Any, optimizer: Any = None, **__: Any) -> None:
+        inner, said = getattr(optimizer, "optimizer", optimizer), None  # inside of accelerate's
+        try:
+            materialize(inner)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            said = str(error).splitlines()[0]
+        if said is not None:
+            raise DoesNotFit(
+                f"the state of {type(inner).__name__} does not fit into memory: {said}",
+                hint=LESS_STATE,
+            )
+
+    def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
+        self._accumulation.is_stepping = True
+
+    def on_optimizer_step(self, *_: Any, **__: Any) -> None:
+        self._accumulation.is_stepping = False
 
 
 KEPT = ("effective_batch_size", "contract")

@@ -25,6 +25,7 @@ from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
 from gradaccum.audit import SUM_OF_MEANS, UNSEEN, Subject, chunks
 from gradaccum.batch import Listed
 from gradaccum.contract import Contract
+from gradaccum.device import suppressing_out_of_memory
 from gradaccum.errors import BadInput, GradaccumError
 from gradaccum.integrations.accumulation import SameBatch
 from gradaccum.integrations.hf import Attached, attach
@@ -304,10 +305,12 @@ def _evaluated(trainer: Trainer) -> str:
     rows = [] if data is None else _first(data)
     if len(rows) < 2:
         return ""
-    try:
-        one, more = (_eval_loss(trainer, rows, size) for size in EVAL_SIZES)
-    except torch.OutOfMemoryError:
+    losses: list[float] = []
+    with suppressing_out_of_memory():
+        losses = [_eval_loss(trainer, rows, size) for size in EVAL_SIZES]
+    if not losses:
         return ""
+    one, more = losses
     is_low = trainer.args.bf16 or trainer.args.fp16 or _is_16_bit(trainer.model)
     if math.isnan(one) or math.isclose(one, more, rel_tol=1e-2 if is_low else 1e-5):
         return ""

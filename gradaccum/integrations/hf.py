@@ -15,6 +15,7 @@ import dataclasses
 import functools
 import importlib
 import itertools
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -24,13 +25,22 @@ from accelerate.utils.memory import clear_device_cache
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer
-from transformers.trainer_utils import TrainOutput, has_length
+from transformers.trainer_utils import TrainOutput, get_last_checkpoint, has_length
 
 from gradaccum import measures
 from gradaccum.batch import Listed
+from gradaccum.device import is_out_of_memory
 from gradaccum.engine import Accumulator, Window
-from gradaccum.errors import BadInput
-from gradaccum.integrations.accumulation import Accumulation, Cut, Examples, SameBatch, carry
+from gradaccum.errors import BadInput, DoesNotFit
+from gradaccum.integrations.accumulation import (
+    LESS_STATE,
+    Accumulation,
+    Cut,
+    Examples,
+    OptimizerStep,
+    SameBatch,
+    carry,
+)
 from gradaccum.integrations.evaluation import Evaluated
 from gradaccum.integrations.refusals import refuse
 from gradaccum.measured import Measured
@@ -50,8 +60,19 @@ class Attached(Evaluated):
         self.accumulation.begin()
         try:
             return super().train(*args, **kwargs)
+        except Exception as error:
+            if not (self.accumulation.is_stepping and is_out_of_memory(error)):
+                raise
+            said = str(error).splitlines()[0]
         finally:
             self.accumulation.window = None
+        folder = str(self.args.output_dir)
+        last = get_last_checkpoint(folder) if os.path.isdir(folder) else None
+        raise DoesNotFit(
+            f"memory ran out in the optimizer's step {self.state.global_step + 1}, which is not "
+            f"run again, since it may have updated some parameters: {said}",
+            hint=f"{LESS_STATE}; {f'resume from {last}' if last else 'there is no checkpoint yet'}",
+        )
 
     def get_train_dataloader(self) -> DataLoader:
         own = (self.args.per_device_train_batch_size, self.args.gradient_accumulation_steps)
@@ -106,10 +127,9 @@ class Attached(Evaluated):
         if callable(switch):
             switch()
         accumulation = self.accumulation
-        accumulation.window = None  # the last one's inputs go before these are collated
-        accumulation.window = self._prepare(model, inputs)
-        inputs.examples = []  # collated now; as Python lists they take several times the memory
-        accumulation.last = self._accumulator(model).backward(accumulation.window)
+        prepare = functools.partial(self._prepare, model, inputs)
+        accumulation.last = self._accumulator(model).backward(prepare)
+        inputs.examples.clear()  # as Python lists they take several times the memory
         every = self.args.torch_empty_cache_steps
         if every is not None and self.state.global_step % every == 0:
             clear_device_cache()
@@ -149,10 +169,10 @@ class Attached(Evaluated):
             accumulator.budget = Budget(examples=len(examples))
             full = accumulator.prepare(settled)
             turned = settled.take(full.micros[0].examples[::-1])
-            expected = measures.gradients(model, functools.partial(accumulator.backward, full))
+            expected = measures.gradients(model, functools.partial(accumulator.attempt, full))
             error, reordered = (
                 measures.relative_error(
-                    measures.gradients(model, functools.partial(accumulator.backward, window)),
+                    measures.gradients(model, functools.partial(accumulator.attempt, window)),
                     expected,
                 )
                 for window in (accumulated, dataclasses.replace(full, inputs=(turned,)))
@@ -163,10 +183,11 @@ class Attached(Evaluated):
     def _prepare(self, model: nn.Module, given: Examples) -> Window:
         """Cut and count a batch, once it is known what the loss divides by."""
         accumulation, accumulator = self.accumulation, self._accumulator(model)
+        accumulation.window = None  # the last one's inputs go before these are collated
         accumulator.budget = accumulation.cut.budget_for(given.examples)
         batch = Listed(given.examples, self.data_collator, given.ready)
         assert accumulation.measured is not None, "made with the accumulator"
-        window = accumulator.prepare(batch)
+        window = accumulation.window = accumulator.prepare(batch)
         self._kept().keep(accumulation.measured)
         return window
 
@@ -286,6 +307,7 @@ def attach(
     accumulation = Accumulation(size, cut)
     trainer.accumulation = accumulation  # pyright: ignore[reportAttributeAccessIssue]
     trainer.add_callback(SameBatch())
+    trainer.add_callback(OptimizerStep(accumulation))
     if getattr(trainer, "_unsloth_settles_eager_fallbacks", False):
         unsloth = importlib.import_module("gradaccum.integrations.unsloth")
         trainer.add_callback(unsloth.SettleFallbacks())

@@ -25,11 +25,12 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from gradaccum.batch import Collate
-from gradaccum.engine import Accumulator
+from gradaccum.engine import Accumulator, Window
 from gradaccum.errors import BadInput
-from gradaccum.integrations.lightning_logs import Logged, joined, metrics_kept
+from gradaccum.integrations.lightning_logs import Logged, Metrics, joined, metrics_kept
 from gradaccum.measured import Measured, from_mean, quiet
 from gradaccum.objective import Number, length
+from gradaccum.optimizers import materialize
 from gradaccum.types import Budget, Micro, Step
 
 T = TypeVar("T", bound=LightningModule)
@@ -51,6 +52,7 @@ class Accumulation:
         self.batch_idx = 0
         self.gradients: list[Tensor | None] = []
         self.num_ran = 0
+        self.window: Window | None = None
         self.logged: dict[str, list[Logged]] | None = None  # None: no window runs
 
     @contextmanager
@@ -67,6 +69,11 @@ class Attached(LightningModule):
     """Override the documented hooks of LightningModule; mixed in before the user's own class."""
 
     accumulation: Accumulation
+
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        for optimizer in self.trainer.optimizers:
+            materialize(optimizer)  # its first step should not be the first to ask for memory
 
     def on_train_epoch_start(self) -> None:  # GradientAccumulationScheduler has set its number
         _refuse_trainer(self)
@@ -89,10 +96,19 @@ class Attached(LightningModule):
         accumulation = self.accumulation
         accumulation.batch_idx = batch_idx
         self._clear(batch_idx)
-        window = accumulation.accumulator.prepare(batch)
-        accumulation.num_ran = 0
+        metrics = Metrics(self)
         with accumulation.collecting() as logged:
-            step = accumulation.last = accumulation.accumulator.backward(window)
+
+            def begin() -> Window:  # again, after memory ran out: what was counted then goes
+                metrics.restore()
+                logged.clear()
+                accumulation.num_ran = 0
+                accumulation.window = accumulation.accumulator.prepare(batch)
+                return accumulation.window
+
+            step = accumulation.last = accumulation.accumulator.backward(begin)
+        window, accumulation.window = accumulation.window, None
+        assert window is not None, "begun above"
         # Lightning calls zero_grad between training_step and backward.
         accumulation.gradients = [p.grad for p in self.parameters()]
         self.zero_grad()

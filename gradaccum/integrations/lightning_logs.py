@@ -3,7 +3,6 @@
 Tested with lightning 2.6, torchmetrics 1.9.
 """
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -75,13 +74,33 @@ def _join(values: Tensor, weights: list[float], reduce_fx: Any) -> Tensor:
     return values.new_tensor([weight / total for weight in weights]) @ values
 
 
+class Metrics:
+    """Hold the counts of a module's torchmetrics; what they have listed is shared, not copied."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._kept = [
+            (metric, {key: _copied(value) for key, value in vars(metric).items()})
+            for metric in module.modules()
+            if isinstance(metric, Metric)
+        ]
+
+    def restore(self) -> None:
+        """Put them back."""
+        for metric, state in self._kept:
+            vars(metric).update({key: _copied(value) for key, value in state.items()})
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    return list(value) if type(value) is list else value
+
+
 @contextmanager
 def metrics_kept(module: nn.Module) -> Iterator[None]:
     """Put the counts of torchmetrics back, on leaving, to what they were."""
-    metrics = [m for m in module.modules() if isinstance(m, Metric)]
-    states = [copy.deepcopy(metric.__getstate__()) for metric in metrics]
+    metrics = Metrics(module)
     try:
         yield
     finally:
-        for metric, state in zip(metrics, states, strict=True):
-            metric.__setstate__(state)
+        metrics.restore()

@@ -9,7 +9,7 @@ itself.
 
 import copy
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from gradaccum.integrations.hf import Attached, replaced
 from gradaccum.types import Micro
 
 BOOKS = ("_metrics", "_stored_metrics")
+TOKENS = "_total_train_tokens"
 
 
 class AttachedTRL(Attached):
@@ -34,12 +35,31 @@ class AttachedTRL(Attached):
     def training_step(
         self, model: nn.Module, inputs: Any, num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        # Weight of each micro-batch run so far, and how many entries each metric had after it.
-        self._marks: list[tuple[float, dict[str, int]]] = [(0.0, self._lengths())]
-        with getattr(self, "maybe_activation_offload_context", nullcontext()):
+        self._start = self._lengths(), getattr(self, TOKENS, None)
+        with ExitStack() as self._attempt:
             loss = super().training_step(model, inputs, num_items_in_batch)
         self._join_metrics()
         return loss
+
+    def _prepare(self, model: nn.Module, given: Examples) -> Window:
+        if self.is_in_train:
+            self._begin()
+        return super()._prepare(model, given)
+
+    def _begin(self) -> None:
+        """Begin a step, or begin it again: what an attempt that ran out of memory left goes."""
+        self._attempt.close()
+        lengths, tokens = self._start
+        for name, values in self._books().items():
+            del values[lengths.get(name, 0) :]
+        if tokens is not None:
+            setattr(self, TOKENS, tokens)
+        # Weight of each micro-batch run so far, and how many entries each metric had after it.
+        self._marks: list[tuple[float, dict[str, int]]] = [(0.0, lengths)]
+        # Entering it drops what is offloaded.
+        self._attempt.enter_context(
+            getattr(self, "maybe_activation_offload_context", nullcontext())
+        )
 
     def _after_micro(self, micro: Micro) -> None:
         super()._after_micro(micro)
@@ -72,7 +92,7 @@ class AttachedTRL(Attached):
 
     @contextmanager
     def _aside(self, model: nn.Module, *, dropout: bool = False) -> Iterator[None]:
-        names = [name for name in (*BOOKS, "_total_train_tokens") if name in vars(self)]
+        names = [name for name in (*BOOKS, TOKENS) if name in vars(self)]
         kept = {name: copy.deepcopy(getattr(self, name)) for name in names}
         try:
             with super()._aside(model, dropout=dropout):
