@@ -6,18 +6,21 @@ foreign loss is reduced is measured in `contract.py`, not guessed here.
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from gradaccum.errors import BadInput, CountMismatch
 from gradaccum.types import IGNORE_INDEX, Micro
 
 Number = float | Tensor
 Weight = Number | Mapping[str, Number]
+CHUNK = 1024  # positions whose logits a leaner loss holds: enough to keep a product busy
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +46,8 @@ class Objective:
         resolve: Finds losses and weights out from the batch itself, in place of the two above; see
             `contract.measured`. Called with the model, the batch, and the micro-batches with their
             collated inputs.
+        chunk: Positions that the loss takes at a time, if not all at once.
+        leaner: The same loss in less memory and more time, if there is one.
 
     Example:
         >>> rows = Objective(
@@ -58,6 +63,8 @@ class Objective:
     unit: str = "items"
     trim: bool = False
     resolve: Callable[[nn.Module, Any, list[Micro], tuple[Any, ...]], "Resolved"] | None = None
+    chunk: int | None = None
+    leaner: "Objective | None" = None
 
     def __post_init__(self) -> None:
         if self.weight is not None and not callable(self.weight):
@@ -113,7 +120,7 @@ def shifted_tokens(micro: Any) -> Tensor:
     return (_labels(micro)[..., 1:] != IGNORE_INDEX).sum()
 
 
-def causal_lm() -> Objective:
+def causal_lm(*, chunk: int | None = None) -> Objective:
     """Return the objective of a causal language model: token cross entropy, labels shifted here.
 
         loss = sum over t with labels[t] != -100 of -log p(labels[t] | inputs before t)
@@ -124,25 +131,96 @@ def causal_lm() -> Objective:
     trimmed: a causal model does not see what comes after, and `attention_mask` hides what comes
     before.
 
+    Args:
+        chunk: Hold the logits of so many positions at a time, and compute them again in backward:
+            less memory where V is large, for one more product with the head. Takes a model with
+            `get_output_embeddings()`, as those of transformers have, whose logits are what that
+            head returns.
+
+    Raises:
+        BadInput: `chunk` is below 1. At the first batch: the model has no such head.
+
     Example:
         >>> causal_lm().weight({"labels": torch.tensor([[-100, 5, 6], [1, 2, -100]])})
         tensor(3)
     """
+    if chunk is not None and (not isinstance(chunk, int) or chunk < 1):
+        raise BadInput(f"chunk={chunk!r} is not a whole number of at least 1")
 
     def loss(model: nn.Module, micro: dict[str, Any]) -> Tensor:
-        outputs = model(**{key: value for key, value in micro.items() if key != "labels"})
-        logits_BTV = _logits(outputs)[:, :-1]
-        if logits_BTV.dtype in (torch.float16, torch.bfloat16):
-            logits_BTV = logits_BTV.float()
-        labels_BT = micro["labels"][:, 1:].to(logits_BTV.device)
-        return F.cross_entropy(
-            logits_BTV.flatten(0, 1),
-            labels_BT.flatten(),
-            ignore_index=IGNORE_INDEX,
-            reduction="sum",
-        )
+        given = {key: value for key, value in micro.items() if key != "labels"}
+        if chunk is None:
+            logits_BTV = _logits(model(**given))
+            return _summed_nll(logits_BTV[:, :-1].flatten(0, 1), _targets(micro, logits_BTV))
+        hidden_BTD, head = _before_head(model, given)
+        labels = _targets(micro, hidden_BTD)
+        parts = zip(hidden_BTD[:, :-1].flatten(0, 1).split(chunk), labels.split(chunk), strict=True)
+        score = partial(checkpoint, lambda h, y: _summed_nll(head(h), y), use_reentrant=False)
+        return torch.stack([score(*part) for part in parts]).sum()
 
-    return Objective(loss, shifted_tokens, length, "trained tokens", trim=True)
+    return Objective(
+        loss,
+        shifted_tokens,
+        length,
+        "trained tokens",
+        trim=True,
+        chunk=chunk,
+        leaner=causal_lm(chunk=CHUNK) if chunk is None else None,
+    )
+
+
+def _targets(micro: dict[str, Any], beside: Tensor) -> Tensor:
+    return micro["labels"][:, 1:].to(beside.device).flatten()
+
+
+def _summed_nll(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
+    if logits_NV.dtype in (torch.float16, torch.bfloat16):
+        logits_NV = logits_NV.float()
+    return F.cross_entropy(logits_NV, labels_N, ignore_index=IGNORE_INDEX, reduction="sum")
+
+
+def _before_head(model: nn.Module, given: dict[str, Any]) -> tuple[Tensor, nn.Module]:
+    """Return what the model hands its head, shape (B, T, D), and the head.
+
+    The head is let through for one forward, so that this holds for wrapped models as well; what
+    the model then returns as logits has to be just that.
+    """
+    find = getattr(model, "get_output_embeddings", None)
+    head = find() if callable(find) else None
+    if not isinstance(head, nn.Module):
+        raise BadInput(
+            f"{type(model).__name__} has no output embeddings whose logits could be chunked",
+            hint="causal_lm() without chunk",
+        )
+    passed: list[Tensor] = []
+    head.forward = lambda hidden: passed.append(hidden) or hidden
+    try:
+        logits = _logits(model(**given))
+    finally:
+        del head.forward
+    is_same = len(passed) == 1 and (
+        logits is passed[0]
+        or (logits.shape == passed[0].shape and torch.equal(logits.to(passed[0]), passed[0]))
+    )
+    if not is_same:
+        raise BadInput(
+            f"{type(model).__name__} changes what its head returns (caps or scales the logits), "
+            "so that they cannot be chunked",
+            hint="causal_lm() without chunk",
+        )
+    return passed[0], head
+
+
+def unweighted(objective: Objective) -> Objective:
+    """Return an objective that runs the same loss and counts nothing: what it costs, alone."""
+
+    def loss(model: nn.Module, micro: Any) -> Tensor:
+        found = objective.loss(model, micro)
+        if isinstance(found, Mapping):
+            return torch.stack(list(found.values())).sum()
+        return found[0] if isinstance(found, tuple) else found
+
+    return replace(objective, loss=loss, weight=lambda _: 1.0, resolve=None)
 
 
 def by_term(weight: Any) -> dict[str, float]:

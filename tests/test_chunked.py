@@ -1,0 +1,80 @@
+"""A loss that holds the logits of a few positions at a time: the same gradient."""
+
+import pytest
+import torch
+from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel
+
+import gradaccum
+from gradaccum.errors import BadInput
+from tests import models, oracle
+from tests.hf_models import llama
+
+EXAMPLES = models.examples([9, 5, 12, 4])
+SMALL = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1,
+         "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}  # fmt: skip
+
+
+def gradient(model, objective):
+    model.zero_grad()
+    accumulator = gradaccum.Accumulator(
+        model.train(), objective, budget=gradaccum.Budget(tokens=24)
+    )
+    loss = accumulator.backward(EXAMPLES).loss
+    return loss, oracle.left_in(model)
+
+
+def adapted():
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules="all-linear", modules_to_save=["lm_head"])
+    return peft.get_peft_model(llama(), config)
+
+
+MAKERS = {
+    "llama": llama,
+    "tied": lambda: GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=32, n_embd=16, n_layer=1, n_head=2, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0
+        )
+    ),
+    "LoRA": adapted,
+}
+
+
+@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("chunk", [1, 5, 1000])
+def test_the_gradient_is_the_same(name, chunk):
+    torch.manual_seed(0)
+    model = MAKERS[name]().double()
+    loss, expected = gradient(model, gradaccum.causal_lm())
+    found, chunked = gradient(model, gradaccum.causal_lm(chunk=chunk))
+    assert found == pytest.approx(loss, rel=1e-12)
+    assert oracle.error(chunked, expected) < 1e-12
+
+
+def test_the_largest_logits_are_those_of_a_chunk(monkeypatch):
+    shapes = []
+    own = torch.nn.functional.cross_entropy
+    monkeypatch.setattr(
+        "torch.nn.functional.cross_entropy",
+        lambda logits, *a, **k: shapes.append(len(logits)) or own(logits, *a, **k),
+    )
+    gradient(llama(), gradaccum.causal_lm(chunk=4))
+    assert max(shapes) == 4
+
+
+def test_logits_that_are_more_than_the_heads_are_refused():
+    model = Gemma2ForCausalLM(Gemma2Config(**SMALL, final_logit_softcapping=30.0))
+    with pytest.raises(BadInput, match="Gemma2ForCausalLM changes what its head returns"):
+        gradient(model, gradaccum.causal_lm(chunk=4))
+    assert "forward" not in vars(model.lm_head)
+
+
+def test_a_model_without_a_known_head_is_refused():
+    with pytest.raises(BadInput, match="CausalLM has no output embeddings"):
+        gradient(models.model(), gradaccum.causal_lm(chunk=4))
+
+
+@pytest.mark.parametrize("chunk", [0, -1, 2.5])
+def test_a_bad_chunk(chunk):
+    with pytest.raises(BadInput, match="chunk="):
+        gradaccum.causal_lm(chunk=chunk)
