@@ -95,6 +95,46 @@ def total_bytes(device: torch.device) -> int:
     return torch.get_device_module(device).mem_get_info(device)[1]
 
 
+def available_bytes(device: torch.device) -> int:
+    """Return how many more bytes this process may take: free memory and the allocator's cache.
+
+    On Linux a container's limit counts as well. 0 where nothing tells.
+    """
+    if device.type == "cpu":
+        found = [_meminfo_available(), *_cgroup_available()]
+        return min((n for n in found if n is not None), default=total_bytes(device))
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    module = torch.get_device_module(device)
+    cached = module.memory_reserved(device) - module.memory_allocated(device)
+    return module.mem_get_info(device)[0] + cached
+
+
+def _meminfo_available() -> int | None:
+    lines = _lines("/proc/meminfo")
+    found = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
+    return int(found[0]) * 1024 if found else None
+
+
+def _cgroup_available() -> Iterator[int]:
+    """Yield what the control group of a container leaves, by either version of its files."""
+    for limit, used in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        bounds = [_lines(f"/sys/fs/cgroup/{name}") for name in (limit, used)]
+        if all(bound and bound[0].isdecimal() for bound in bounds):
+            yield max(0, int(bounds[0][0]) - int(bounds[1][0]))
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        with open(path, encoding="ascii") as file:
+            return file.read().splitlines()
+    except OSError:
+        return []
+
+
 def stopwatch(device: torch.device) -> Callable[[], Callable[[], float]]:
     """Start timing; return `stop`, which returns `seconds`, which waits for the device.
 

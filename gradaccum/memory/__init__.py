@@ -1,0 +1,1 @@
+"""How much memory a step takes, before it runs: traced, probed, planned."""

@@ -1,0 +1,253 @@
+"""An accumulator that finds its budget itself, by measuring at its first batch."""
+
+import hashlib
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from torch import nn
+
+import gradaccum.engine
+from gradaccum.batch import HostBatch, as_batch
+from gradaccum.engine import Window
+from gradaccum.errors import BadInput
+from gradaccum.measured import quiet
+from gradaccum.memory import choose
+from gradaccum.memory.cap import Cap, cap_of
+from gradaccum.memory.choose import Choice
+from gradaccum.memory.probe import Probed, probe
+from gradaccum.objective import Objective
+from gradaccum.state import batch_norms
+from gradaccum.types import GIB, Budget, counted
+
+AUTO = "auto"
+EXTRAPOLATED = 1.1  # times what is read off beyond the probes; where it is too little, it recovers
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """Tell the budget that was found, and why. Print it for a sentence.
+
+    Args:
+        budget: The largest micro-batch.
+        choice: What it means for the batches that were looked at; None where there is no choice.
+        cap: What memory there is.
+        num_probes: Micro-batches measured for it; 0 if that was remembered.
+        why: Where there is no choice.
+    """
+
+    budget: Budget
+    choice: Choice | None
+    cap: Cap
+    num_probes: int
+    why: str = ""
+
+    def __str__(self) -> str:
+        if self.choice is None:
+            return f"micro-batches of up to {self.budget}: {self.why}"
+        num = counted(max(1, round(self.choice.num_micros)), "micro-batch")
+        source = f"measured on {self.num_probes}" if self.num_probes else "remembered"
+        return (
+            f"about {num} of up to {self.budget} ({source}; larger are not 2% faster, or take more "
+            f"than the {self.cap.stated_bytes / GIB:.1f} GiB)"
+        )
+
+
+class Accumulator(gradaccum.engine.Accumulator):
+    """Leave in `.grad` what one pass over the whole effective batch would have left.
+
+    How large a micro-batch may be is found at the first batch: the smallest that is as fast as any
+    that fits, by three short micro-batches of that batch. It is remembered on disk for this model
+    and device, so that another run cuts its batches alike. If memory runs out all the same, the
+    batch runs again in smaller ones.
+
+    Args:
+        model: Any module that holds all parameters to train.
+        objective: What is minimised, see `Objective`.
+        budget: How large one micro-batch may be; "auto": as above. May be set anew between two
+            calls.
+        memory: What there is for "auto": "20GiB", bytes, or a fraction of the device; by default
+            what is available.
+        options: As of `gradaccum.engine.Accumulator`, which tells what is exact and what is not:
+            `collate`, `accumulate_dtype`, `grad_dtype`, `backward`, `after_micro`.
+
+    Raises:
+        BadInput: An argument is wrong.
+
+    Example:
+        >>> from gradaccum import causal_lm
+        >>> Accumulator(nn.Linear(3, 1), causal_lm()).budget
+        'auto'
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        objective: Objective,
+        *,
+        budget: Budget | Literal["auto"] = AUTO,
+        memory: str | float | None = None,
+        **options: Any,
+    ) -> None:
+        is_auto = isinstance(budget, str) and budget == AUTO
+        if isinstance(budget, str) and not is_auto:
+            raise BadInput(f"budget={budget!r} is neither a gradaccum.Budget nor 'auto'")
+        given: Any = Budget(examples=1) if is_auto else budget
+        super().__init__(model, objective, budget=given, **options)
+        check(memory, is_auto, next(model.parameters(), torch.empty(0)).device)
+        self.found: Found | None = None
+        self._memory = memory
+        if is_auto:
+            self.budget = cast(Budget, AUTO)  # until the first batch
+
+    def prepare(self, batch: Any) -> Window:
+        """Do as the engine does; at the first batch, find the budget before."""
+        if not isinstance(self.budget, Budget):
+            batch = as_batch(batch, self._collate, trim=self.objective.trim)
+            sizes = [self.objective.size(example) for example in batch]
+            self.found = find(self, batch, sizes, len(sizes), memory=self._memory)
+            self.budget = self.found.budget
+        return super().prepare(batch)
+
+
+def check(memory: str | float | None, is_auto: bool, device: torch.device) -> None:
+    """Refuse a wrong amount of memory at once, and any beside a budget.
+
+    Raises:
+        BadInput: As said.
+    """
+    if memory is not None and not is_auto:
+        raise BadInput(f"memory={memory!r} is for budget='auto', and a budget is given")
+    if memory is not None:
+        cap_of(memory, device)
+
+
+def find(
+    accumulator: gradaccum.engine.Accumulator,
+    host: HostBatch,
+    sizes: Sequence[int],
+    effective_batch: int,
+    *,
+    memory: str | float | None,
+    aside: Callable[..., AbstractContextManager[None]] = quiet,
+    name: str = "",
+) -> Found:
+    """Find the budget of an accumulator, and say it.
+
+    Args:
+        accumulator: Is left as it is.
+        host: A batch to measure on.
+        sizes: Of the data's examples, as far as they are known.
+        effective_batch: Examples in one step.
+        memory: As of `cap_of`.
+        aside: Keeps what runs inside out of the training.
+        name: Tells losses apart that the same model may have.
+    """
+    model = accumulator.model
+    device = next(model.parameters()).device
+    held = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+    cap = cap_of(memory, device, held_bytes=held if device.type == "cpu" else _taken(device))
+    if batch_norms(model):
+        whole = Budget(examples=effective_batch)
+        return _said(Found(whole, None, cap, 0, "BatchNorm in training mode needs all at once"))
+    key = _key(accumulator, device, name)
+    probed, num = _remembered(key), 0
+    if probed is None:
+        probed, num = probe(accumulator, host, aside)
+        _remember(key, probed)
+    drawn = choose.windows(list(sizes), effective_batch)
+    forecast = _Careful(probed)
+    budgets = choose.budgets(list(sizes), effective_batch)
+    choices = [choose.weigh(budget, drawn, forecast) for budget in budgets]
+    best = choose.best(choices, cap.num_bytes) or choices[0]  # the device has the last word
+    budget = best.budget
+    if budget.examples is not None and max(sizes) > 1:  # of longer examples it then takes fewer
+        budget = Budget(tokens=budget.examples * max(sizes))
+    return _said(Found(budget, best, cap, num))
+
+
+def _said(found: Found) -> Found:
+    logger.info(str(found))
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class _Careful:
+    """Forecast with room for what lies beyond the probes."""
+
+    probed: Probed
+
+    def seconds(self, rows: int, length: int) -> float:
+        return self.probed.seconds(rows, length)
+
+    def peak_bytes(self, rows: int, length: int) -> int:
+        fixed = self.probed.sizes[0]
+        return round(fixed + EXTRAPOLATED * (self.probed.peak_bytes(rows, length) - fixed))
+
+
+def _taken(device: torch.device) -> int:
+    return torch.get_device_module(device).memory_allocated(device)
+
+
+def _key(accumulator: gradaccum.engine.Accumulator, device: torch.device, name: str) -> str:
+    """Return what the probes depend on: model, loss, device and versions, not the weights."""
+    model = accumulator.model
+    place = device.type
+    if device.type not in ("cpu", "mps"):
+        place = torch.get_device_module(device).get_device_name(device)
+    loss = accumulator.objective.loss
+    parts = (
+        gradaccum.__version__,
+        torch.__version__,
+        place,
+        torch.get_num_threads(),
+        type(model).__name__,
+        [(n, tuple(p.shape), str(p.dtype), p.requires_grad) for n, p in model.named_parameters()],
+        [type(m).__name__ + str(getattr(m, "gradient_checkpointing", "")) for m in model.modules()],
+        accumulator.objective.unit,
+        f"{loss.__module__}.{loss.__qualname__}",
+        name,
+        torch.is_autocast_enabled(device.type),
+    )
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
+
+
+def _file() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "gradaccum" / "probes.json"
+
+
+def _kept() -> dict[str, Any]:
+    try:
+        found = json.loads(_file().read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _remembered(key: str) -> Probed | None:
+    try:
+        entry = _kept()[key]
+        return Probed(tuple(entry["times"]), tuple(entry["sizes"]))
+    except (KeyError, TypeError):
+        return None
+
+
+def _remember(key: str, probed: Probed) -> None:
+    """Keep the probes in a file, whole or not at all; where that cannot be, measure again."""
+    path = _file()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+            json.dump(_kept() | {key: asdict(probed)}, file)
+        os.replace(file.name, path)
+    except OSError as error:
+        logger.info("the probes are not kept: %s", error)

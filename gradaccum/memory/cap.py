@@ -1,0 +1,103 @@
+"""How much memory a step may take: what the user states, less what is not the step's."""
+
+import re
+from dataclasses import dataclass
+
+import torch
+
+from gradaccum.device import available_bytes, total_bytes
+from gradaccum.errors import BadInput
+from gradaccum.types import GIB
+
+UNITS = {"": 1, "b": 1} | {
+    f"{prefix}{binary}b": (1024 if binary else 1000) ** power
+    for power, prefix in enumerate("kmgt", start=1)
+    for binary in ("", "i")
+}
+HINT = 'memory="20GiB", "24GB", bytes, or a fraction such as 0.9'
+MIB = 2**20
+# Of CUDA. Each is an assumption that a plan names.
+CONTEXT = 512 * MIB  # of driver and kernels, outside of torch's allocator: 300 to 600 MiB
+WORKSPACE = 40 * MIB  # of cuBLAS, kept by the process: 8 MiB, 32 MiB on Hopper
+FRAGMENTS = 0.06  # a replay of traces through a model of the allocator: 0.7 to 6.1% at the cap
+# Of glibc, which keeps some of what is freed. Measured with its default thresholds: 13 to 40% where
+# most memory is activations; the share of what is available leaves room for that.
+AVAILABLE = 0.7
+CPU_MARGIN, CPU_SLACK = 0.01, 2 * MIB  # worst seen of what is counted against what is allocated
+
+
+@dataclass(frozen=True, slots=True)
+class Cap:
+    """Bound the bytes that tensors of a step may take.
+
+    Args:
+        stated_bytes: What there is in all.
+        num_bytes: What is left for tensors.
+        assumptions: How the one follows from the other.
+    """
+
+    stated_bytes: int
+    num_bytes: int
+    assumptions: tuple[str, ...]
+
+
+def cap_of(memory: str | float | None, device: torch.device, *, held_bytes: int = 0) -> Cap:
+    """Return the bound.
+
+    Args:
+        memory: "20GiB", "24GB", a number of bytes, or a fraction of the device's memory; by
+            default what is available and what is held.
+        device: Whose memory it is.
+        held_bytes: What tensors of the step take already.
+
+    Raises:
+        BadInput: It is none of these, or more than the unit of a typing error would be.
+    """
+    stated, said = _stated(memory, device, held_bytes)
+    if device.type == "cpu":
+        left = round((stated - CPU_SLACK) / (1 + CPU_MARGIN))
+        text = f"{said}; 1% and 2 MiB of it are left for what no tensor holds"
+        return Cap(stated, max(0, left), (text,))
+    left = round((stated - CONTEXT - WORKSPACE) / (1 + FRAGMENTS))
+    texts = (
+        said,
+        f"{CONTEXT // MIB} MiB of it for the context of the driver, {WORKSPACE // MIB} MiB for the "
+        f"workspace of cuBLAS, {FRAGMENTS:.0%} for blocks that do not fit together (assumed)",
+    )
+    return Cap(stated, max(0, left), texts)
+
+
+def _stated(memory: str | float | None, device: torch.device, held: int) -> tuple[int, str]:
+    is_here = device.type == "cpu" or torch.accelerator.is_available()
+    if memory is None:
+        if not is_here:
+            raise BadInput("there is no GPU here whose memory could be read", hint=HINT)
+        free = available_bytes(device)
+        share = AVAILABLE if device.type == "cpu" else 1.0
+        stated = held + round(free * share)
+        part = f"{share:.0%} of " if share < 1 else ""
+        return stated, f"{stated / GIB:.1f} GiB: {part}what is available on this {device.type}"
+    number, unit = _parsed(memory)
+    if not unit and 0 < number <= 1:
+        if not is_here:
+            raise BadInput(f"memory={memory} is a fraction, and there is no GPU here", hint=HINT)
+        total = total_bytes(device)
+        return round(number * total), f"{number:.0%} of the {total / GIB:.1f} GiB of {device.type}"
+    stated = round(number * UNITS[unit])
+    if stated < MIB:
+        raise BadInput(f"memory={memory!r} is {stated:,} bytes, too few for anything", hint=HINT)
+    return stated, f"{stated / GIB:.1f} GiB, as stated"
+
+
+def _parsed(memory: str | float) -> tuple[float, str]:
+    found = re.fullmatch(r"([0-9]*\.?[0-9]+(?:e[0-9]+)?) ?([a-z%]*)", str(memory).strip().lower())
+    if isinstance(memory, bool) or found is None or found[2] not in {*UNITS, "%", *"kmgt"}:
+        raise BadInput(f"memory={memory!r} is no amount of memory", hint=HINT)
+    number, unit = float(found[1]), found[2]
+    if unit == "%":
+        number, unit = number / 100, ""
+        if number > 1:
+            raise BadInput(f"memory={memory!r} is more than there is", hint=HINT)
+    if number <= 0:
+        raise BadInput(f"memory={memory!r} is not above 0", hint=HINT)
+    return number, f"{unit}ib" if unit in tuple("kmgt") else unit

@@ -1,0 +1,168 @@
+"""Measure what a micro-batch takes, on the device and with the loss of the run itself.
+
+Three short micro-batches tell time and memory of any other:
+
+    seconds = t0 + t1 * tokens + t2 * rows * length^2
+    bytes   = m0 + m1 * tokens + m2 * rows * length^2
+
+Nothing of it belongs to the training: gradients are dropped, random state and buffers put back.
+"""
+
+import copy
+import itertools
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from gradaccum.batch import HostBatch, Listed
+from gradaccum.device import release, suppressing_out_of_memory
+from gradaccum.engine import Accumulator, Window
+from gradaccum.memory.tracker import Tracker
+from gradaccum.objective import unweighted
+from gradaccum.state import Random
+from gradaccum.types import Micro
+
+# Tokens of the probe of several rows: enough to see what a token costs, few enough to be short.
+TOKENS = {"cpu": 768}
+OTHER_TOKENS = 4096
+Shape = tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Probed:
+    """Give time and memory by what three micro-batches took.
+
+    Args:
+        times: t0, t1, t2 in seconds.
+        sizes: m0, m1, m2 in bytes; m0 holds parameters, gradients and all else that is there.
+    """
+
+    times: tuple[float, float, float]
+    sizes: tuple[float, float, float]
+
+    def seconds(self, rows: int, length: int) -> float:
+        return _at(self.times, (rows, length))
+
+    def peak_bytes(self, rows: int, length: int) -> int:
+        return round(_at(self.sizes, (rows, length)))
+
+
+def probe(
+    accumulator: Accumulator, host: HostBatch, aside: Callable[..., AbstractContextManager[None]]
+) -> tuple[Probed, int]:
+    """Run up to three short micro-batches of this batch; return what they tell and their number.
+
+    Args:
+        accumulator: Is left as it is.
+        host: An effective batch.
+        aside: Keeps what runs inside out of the training.
+
+    Raises:
+        Exception: Other than that memory runs out: as the loss does.
+    """
+    sizes = [accumulator.objective.size(example) for example in host]
+    device = next(accumulator.model.parameters()).device
+    engine = copy.copy(accumulator)
+    engine.objective, engine.limit = unweighted(accumulator.objective), None
+    engine._after_micro = None
+    seconds: dict[Shape, float] = {}
+    peaks: dict[Shape, float] = {}
+    for rows in _chosen(sizes, TOKENS.get(device.type, OTHER_TOKENS)):
+        shape = len(rows), max(sizes[i] for i in rows)
+        with suppressing_out_of_memory(), aside(engine.model, dropout=True):
+            window = _twice(engine, host.take(rows), len(rows), shape[1])
+            peaks[shape] = _peak(engine, window, device)
+            seconds[shape] = min(_timed(engine, window) for _ in range(2)) / 2
+        _clear(engine.model)
+    release(device)
+    return Probed(_fitted(seconds), _fitted(peaks)), len(seconds)
+
+
+def _chosen(sizes: Sequence[int], tokens: int) -> list[list[int]]:
+    """Return the rows of each probe: a short one, a long one, several of middle length."""
+    order = sorted(range(len(sizes)), key=sizes.__getitem__)
+    middle = len(order) // 2
+    num = max(2, tokens // max(1, sizes[order[middle]]))
+    begin = max(0, min(middle, len(order) - num))
+    found = [[order[0]], order[begin : begin + num], [order[-1]]]
+    shapes = {(len(rows), max(sizes[i] for i in rows)): rows for rows in found}
+    return list(shapes.values())
+
+
+def _twice(engine: Accumulator, inputs: Any, rows: int, length: int) -> Window:
+    """Return a window that runs these inputs twice: the second time gradients are there."""
+    micro = Micro(tuple(range(rows)), rows * length, rows * length)
+    host = Listed([inputs], lambda _: inputs)
+    return Window(
+        (micro, micro),
+        (inputs, inputs),
+        (engine.objective.loss,) * 2,
+        ({"loss": 1.0},) * 2,
+        {"loss": 2.0},
+        "",
+        host,
+        Random(),
+    )
+
+
+def _peak(accumulator: Accumulator, window: Window, device: torch.device) -> int:
+    if device.type == "cpu":
+        tracker = Tracker()
+        tracker.follow(accumulator.model, None, window.inputs)
+        try:
+            with tracker:
+                accumulator.attempt(window)
+        finally:
+            tracker.close()
+        _clear(accumulator.model)
+        return tracker.peak_bytes
+    module = torch.get_device_module(device)
+    module.reset_peak_memory_stats(device)
+    accumulator.attempt(window)
+    _clear(accumulator.model)
+    return module.max_memory_allocated(device)
+
+
+def _timed(accumulator: Accumulator, window: Window) -> float:
+    seconds = accumulator.attempt(window).seconds
+    _clear(accumulator.model)
+    return seconds
+
+
+def _clear(model: nn.Module) -> None:
+    for p in model.parameters():
+        p.grad = None
+
+
+def _features(shape: Shape) -> tuple[float, float, float]:
+    rows, length = shape
+    return 1.0, float(rows * length), float(rows * length**2)
+
+
+def _at(coefficients: Sequence[float], shape: Shape) -> float:
+    return sum(c * x for c, x in zip(coefficients, _features(shape), strict=True))
+
+
+def _fitted(found: dict[Shape, float]) -> tuple[float, float, float]:
+    """Return the coefficients, none below zero, that come closest to what was found."""
+    if not found:
+        return 0.0, 0.0, 0.0
+    rows = torch.tensor([_features(shape) for shape in found], dtype=torch.float64)
+    target = torch.tensor(list(found.values()), dtype=torch.float64)
+    best: tuple[float, tuple[float, float, float]] = (float("inf"), (0.0, 0.0, 0.0))
+    for num in range(1, min(3, len(found)) + 1):
+        for used in itertools.combinations(range(3), num):
+            part = rows[:, list(used)] / rows[:, list(used)].abs().amax(0)
+            solved = torch.linalg.lstsq(part, target[:, None]).solution[:, 0]
+            solved = solved / rows[:, list(used)].abs().amax(0)
+            full = [0.0, 0.0, 0.0]
+            for index, value in zip(used, solved.tolist(), strict=True):
+                full[index] = value
+            off = (rows @ torch.tensor(full, dtype=torch.float64) - target).square().sum().item()
+            if min(full) >= 0 and off < best[0] * (1 - 1e-9):
+                best = off, (full[0], full[1], full[2])
+    return best[1]

@@ -1,0 +1,94 @@
+"""A model's twin that holds no data: the same modules and shapes, on fake tensors.
+
+Tested with torch 2.13, transformers 5.23 and peft 0.21.
+"""
+
+import copy
+import itertools
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+def twin_of(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
+    """Return a copy of the model, real or on the meta device, that allocates nothing.
+
+    Ties, hooks, adapters and checkpointing stay as they are.
+    """
+    memo: dict[int, Any] = {}  # of deepcopy: what is in it already is not copied
+    for tensor in itertools.chain(model.parameters(), model.buffers()):
+        if id(tensor) not in memo:
+            memo[id(tensor)] = fake_like(tensor, mode)
+    return copy.deepcopy(model, memo)
+
+
+def fake_like(tensor: Any, mode: FakeTensorMode) -> Any:
+    """Return a tensor of the same shape, strides and dtype without data; other values as they are.
+
+    It is on the CPU whatever it is like: without a GPU, torch ends the process on others.
+    """
+    if not isinstance(tensor, Tensor):
+        return tensor
+    meta = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+    fake = FakeTensor(mode, meta, torch.device("cpu"))
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(fake, tensor.requires_grad)
+    return fake
+
+
+@contextmanager
+def faking(*, padded: bool) -> Iterator[FakeTensorMode]:
+    """Yield the mode in which a twin runs.
+
+    Args:
+        padded: Whether batches have padding; without it models are given no mask.
+    """
+    if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None:
+        raise RuntimeError("a FakeTensorMode is active already, and nested ones count wrongly")
+    packing = nullcontext() if padded else _without_packing()
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, packing, _GroupedInAnyDtype():
+        yield mode
+
+
+@contextmanager
+def _without_packing() -> Iterator[None]:
+    """Let transformers make no mask where it would make none of real tensors.
+
+    It takes fake tensors for `torch.export`, where it does not look whether sequences are packed
+    (`find_packed_sequence_indices`), and makes a mask of (B, 1, T, T) for the case. Dies when it
+    tells the two apart.
+    """
+    masking: Any = sys.modules.get("transformers.masking_utils")
+    if masking is None:
+        yield
+        return
+    before = masking.find_packed_sequence_indices
+    masking.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    finally:
+        masking.find_packed_sequence_indices = before
+
+
+class _GroupedInAnyDtype(TorchDispatchMode):
+    """Let the grouped product of experts run on fake tensors of any dtype, as it does on real ones.
+
+    Its shape function insists on bfloat16. Dies when that is lifted.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not torch.ops.aten._grouped_mm.default:
+            return func(*args, **(kwargs or {}))
+        dtype = args[0].dtype
+        return func(*(_cast(a, torch.bfloat16) for a in args), **(kwargs or {})).to(dtype)
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    is_float = isinstance(value, Tensor) and value.is_floating_point()
+    return value.to(dtype) if is_float else value
