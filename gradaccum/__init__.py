@@ -1,7 +1,7 @@
 """The batch size you want, on the memory you have, with the gradient you would have got.
 
     objective = gradaccum.causal_lm()
-    accumulator = gradaccum.Accumulator(model, objective, budget=gradaccum.Budget(tokens=16_384))
+    accumulator = gradaccum.Accumulator(model, objective)  # finds how large micro-batches may be
     for batch in loader:
         step = accumulator.backward(batch)
         optimizer.step()
@@ -9,6 +9,7 @@
 
     trainer = gradaccum.attach(trainer)  # any transformers Trainer
     print(gradaccum.verify(loop, model, batch))  # anybody's loop against the full batch
+    print(gradaccum.plan(config, effective_batch=64, memory="24GiB"))  # needs no weights, no GPU
 
 This module only re-exports; importing it needs torch alone and starts nothing.
 """
@@ -16,8 +17,9 @@ This module only re-exports; importing it needs torch alone and starts nothing.
 from typing import TYPE_CHECKING, Any
 
 from gradaccum import errors
-from gradaccum.engine import Accumulator
 from gradaccum.measured import from_mean
+from gradaccum.memory.auto import Accumulator
+from gradaccum.memory.plan import plan
 from gradaccum.objective import Objective, causal_lm
 from gradaccum.types import Budget, Step
 from gradaccum.verify import verify
@@ -34,6 +36,7 @@ __all__ = [
     "causal_lm",
     "errors",
     "from_mean",
+    "plan",
     "verify",
 ]
 __version__ = "0.1.0"

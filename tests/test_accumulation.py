@@ -26,7 +26,7 @@ DYNAMIC = {
 }
 
 
-def test_the_budget_is_what_the_arguments_already_take():
+def test_until_it_is_found_the_budget_is_what_the_arguments_take():
     cut = Cut(None, rows=2, on_cpu=False)
     text = [{"input_ids": [1] * n, "labels": [1] * n} for n in (3, 200)]
     assert cut.budget_for(text) == gradaccum.Budget(tokens=400)
@@ -41,7 +41,8 @@ def test_the_budget_is_what_the_arguments_already_take():
 def test_workers_of_the_loader_collate(tmp_path):
     """As with the stock trainer, what a collator costs is paid beside the training."""
     settings = {"dataloader_num_workers": 2, "data": token_rows(200), **STEPS}
-    ours, found = build(tmp_path, attach={"effective_batch_size": 100}, **settings)
+    attach = {"effective_batch_size": 100, "budget": gradaccum.Budget(tokens=512)}
+    ours, found = build(tmp_path, attach=attach, **settings)
     collate, in_main = ours.data_collator, []
 
     def counted(examples):

@@ -48,9 +48,7 @@ def test_a_run_that_had_to_shrink_is_the_run_of_the_smaller_budget(tmp_path, kin
             short_of_memory(trainer)
         else:
             before = trainers["short"][0].accumulation.accumulator.limit
-            trainer.accumulation.cut = trainer.accumulation.cut.__class__(
-                WHOLE.within(before), 1, False
-            )
+            trainer.accumulation.cut.set(WHOLE.within(before))
         trainer.train()
         trainers[name] = trainer, record
     (short, short_record), (small, small_record) = trainers["short"], trainers["small"]

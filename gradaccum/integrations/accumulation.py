@@ -3,9 +3,10 @@
 import dataclasses
 import pickle
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, cast
 
+import torch
+from datasets import Dataset
 from torch.utils.data import get_worker_info
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
@@ -17,6 +18,7 @@ from gradaccum.device import is_out_of_memory
 from gradaccum.engine import Accumulator, Window
 from gradaccum.errors import BadInput, DoesNotFit
 from gradaccum.measured import Measured
+from gradaccum.memory.auto import Found
 from gradaccum.objective import causal_lm, length
 from gradaccum.optimizers import materialize
 from gradaccum.reductions import Routing
@@ -32,34 +34,47 @@ LESS_STATE = (
 )
 
 
-@dataclass(frozen=True, slots=True)
 class Cut:
-    """Say how large a micro-batch may be; the loader's workers get a copy.
+    """Say how large a micro-batch may be, to the trainer and to the loader's workers.
 
     Args:
-        budget: Fixed budget; None: follow `rows`.
+        budget: Fixed budget; None: follow `rows` until one is set.
         rows: Rows that fit into memory at once, by the trainer's own arguments.
         on_cpu: Whether the trainer runs on the CPU.
     """
 
-    budget: Budget | None
-    rows: int
-    on_cpu: bool
+    def __init__(self, budget: Budget | None, rows: int, on_cpu: bool) -> None:
+        self.rows = rows
+        self._on_cpu = on_cpu
+        # Workers are there before a budget is found, and read it here; 0 is no bound.
+        self._bounds = torch.zeros(2, dtype=torch.long).share_memory_()
+        self.set(budget)
+
+    @property
+    def budget(self) -> Budget | None:
+        """Return the budget that is set."""
+        tokens, examples = self._bounds.tolist()
+        return Budget(tokens or None, examples or None) if tokens or examples else None
+
+    def set(self, budget: Budget | None) -> None:
+        """Set the budget of the batches that follow."""
+        bounds = (budget.tokens, budget.examples) if budget is not None else (None, None)
+        self._bounds.copy_(torch.tensor([bound or 0 for bound in bounds]))
 
     def budget_for(self, examples: Sequence[Any]) -> Budget:
-        """Return the budget; by default what `rows` of the longest example take with padding.
+        """Return the budget; before one is set, what `rows` of the longest example take.
 
-        That is the most that a stock micro-batch of `rows` would take with this batch, so nothing
-        needs more memory than the trainer's own arguments already ask for. Where an example holds
-        more than tokens (pixels, sound), it is also at most `rows` examples. On the CPU it is at
-        most 512 tokens, since more at once is not faster there.
+        That is the most that a stock micro-batch of `rows` would take with this batch. Where an
+        example holds more than tokens (pixels, sound), it is also at most `rows` examples. On the
+        CPU it is at most 512 tokens.
         """
-        if self.budget is not None:
-            return self.budget
+        budget = self.budget
+        if budget is not None:
+            return budget
         tokens = self.rows * max(map(length, examples))
         is_text = all(map(_is_text, examples))
         return Budget(
-            tokens=min(tokens, CPU_TOKENS) if self.on_cpu else tokens,
+            tokens=min(tokens, CPU_TOKENS) if self._on_cpu else tokens,
             examples=None if is_text else self.rows,
         )
 
@@ -74,6 +89,14 @@ def _is_flat(value: Any) -> bool:
         return not value or isinstance(value[0], (int, float, str, dict))
     is_array = hasattr(value, "ndim")
     return value.ndim < 2 if is_array else isinstance(value, (int, float, str, type(None)))
+
+
+def lengths_of(data: Any) -> list[int]:
+    """Return the tokens of every row of a tokenized data set, as its column tells; else nothing."""
+    if not isinstance(data, Dataset) or "input_ids" not in data.column_names:
+        return []
+    column: Any = data.with_format("arrow")[:]["input_ids"]
+    return [n for chunk in column.chunks for n in chunk.value_lengths().to_pylist()]
 
 
 class Examples:
@@ -120,11 +143,16 @@ class Accumulation:
     Args:
         effective_batch_size: Examples in one step.
         cut: How large a micro-batch may be.
+        memory: What there is for micro-batches, if how large they are is to be found.
     """
 
-    def __init__(self, effective_batch_size: int, cut: Cut) -> None:
+    def __init__(
+        self, effective_batch_size: int, cut: Cut, memory: str | float | None = None
+    ) -> None:
         self.effective_batch_size = effective_batch_size
         self.cut = cut
+        self.memory = memory
+        self.found: Found | None = None
         self.begin()
 
     def begin(self) -> None:
@@ -171,11 +199,11 @@ class OptimizerStep(TrainerCallback):
         self._accumulation.is_stepping = False
 
 
-KEPT = ("effective_batch_size", "contract")
+KEPT = ("effective_batch_size", "contract", "budget")
 
 
 class SameBatch(TrainerCallback, ExportableState):
-    """Keep effective batch size and contract in checkpoints, and refuse to resume another size.
+    """Keep effective batch size, contract and budget in checkpoints; refuse to resume another size.
 
     A resumed trainer skips as many batches as it has made steps, so batches of another size would
     skip examples or repeat them.
@@ -184,6 +212,7 @@ class SameBatch(TrainerCallback, ExportableState):
     def __init__(self) -> None:
         self.effective_batch_size: int | None = None  # not known before a run begins
         self.contract: dict[str, Any] | None = None
+        self.budget: list[int | None] | None = None  # that was found: a resumed run cuts alike
 
     def state(self) -> dict[str, Any]:
         return {"args": {}, "attributes": {name: getattr(self, name) for name in KEPT}}
@@ -210,6 +239,7 @@ class SameBatch(TrainerCallback, ExportableState):
         entry = kept.get(type(self).__name__, self.state())
         saved = entry["attributes"]["effective_batch_size"]
         self.contract = entry["attributes"].get("contract") if state.global_step else None
+        self.budget = entry["attributes"].get("budget") if state.global_step else None
         self.effective_batch_size = own
         kept[type(self).__name__] = self.state()
         if args.ignore_data_skip or not state.global_step:

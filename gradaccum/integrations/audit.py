@@ -7,7 +7,6 @@ order. The copy stops where the gradients are complete, so nothing is stepped, l
 
 import contextlib
 import copy
-import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +26,7 @@ from gradaccum.batch import Listed
 from gradaccum.contract import Contract
 from gradaccum.device import suppressing_out_of_memory
 from gradaccum.errors import BadInput, GradaccumError
+from gradaccum.integrations import accumulation
 from gradaccum.integrations.accumulation import SameBatch
 from gradaccum.integrations.hf import Attached, attach
 from gradaccum.measured import Measured
@@ -231,7 +231,7 @@ def _recut(twin: Any, sizes: tuple[int, ...], contract: "_Contract | None") -> N
     own = twin.accumulation = copy.copy(twin.accumulation)
     own.begin()
     own.effective_batch_size = sum(sizes)
-    own.cut = dataclasses.replace(own.cut, budget=Budget(examples=sizes[0]))
+    own.cut = accumulation.Cut(Budget(examples=sizes[0]), own.cut.rows, on_cpu=True)
     twin.args.per_device_train_batch_size = twin._train_batch_size = sum(sizes)
     twin.args.gradient_accumulation_steps = 1
 

@@ -18,7 +18,7 @@ import itertools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from accelerate.utils.memory import clear_device_cache
@@ -40,10 +40,13 @@ from gradaccum.integrations.accumulation import (
     OptimizerStep,
     SameBatch,
     carry,
+    lengths_of,
 )
 from gradaccum.integrations.evaluation import Evaluated
 from gradaccum.integrations.refusals import refuse
 from gradaccum.measured import Measured
+from gradaccum.memory.auto import AUTO, check, find
+from gradaccum.objective import length
 from gradaccum.state import undisturbed, without_dropout
 from gradaccum.types import Budget, Micro, Proof
 
@@ -128,7 +131,9 @@ class Attached(Evaluated):
             switch()
         accumulation = self.accumulation
         prepare = functools.partial(self._prepare, model, inputs)
-        accumulation.last = self._accumulator(model).backward(prepare)
+        accumulation.last = step = self._accumulator(model).backward(prepare)
+        if step.recoveries and accumulation.cut.budget is not None:
+            accumulation.cut.set(accumulation.cut.budget.within(step.recoveries[-1].limit))
         inputs.examples.clear()  # as Python lists they take several times the memory
         every = self.args.torch_empty_cache_steps
         if every is not None and self.state.global_step % every == 0:
@@ -184,12 +189,33 @@ class Attached(Evaluated):
         """Cut and count a batch, once it is known what the loss divides by."""
         accumulation, accumulator = self.accumulation, self._accumulator(model)
         accumulation.window = None  # the last one's inputs go before these are collated
+        if accumulation.cut.budget is None and self.is_in_train:
+            self._find(accumulator, given)
         accumulator.budget = accumulation.cut.budget_for(given.examples)
         batch = Listed(given.examples, self.data_collator, given.ready)
         assert accumulation.measured is not None, "made with the accumulator"
         window = accumulation.window = accumulator.prepare(batch)
         self._kept().keep(accumulation.measured)
         return window
+
+    def _find(self, accumulator: Accumulator, given: Examples) -> None:
+        """Find the budget: that of the run before it was interrupted, or by measuring."""
+        accumulation, kept = self.accumulation, self._kept()
+        if kept.budget is not None:
+            accumulation.cut.set(Budget(*kept.budget))
+            return
+        sizes = lengths_of(self.train_dataset) or list(map(length, given.examples))
+        found = accumulation.found = find(
+            accumulator,
+            Listed(given.examples, self.data_collator),
+            sizes,
+            accumulation.effective_batch_size,
+            memory=accumulation.memory,
+            aside=self._aside,
+            name=f"{type(self).__name__} {getattr(self.args, 'loss_type', '')}",
+        )
+        accumulation.cut.set(found.budget)
+        kept.budget = [found.budget.tokens, found.budget.examples]
 
     def _kept(self) -> SameBatch:
         """Return the callback that checkpoints know; a resumed run may have made a new one."""
@@ -263,7 +289,11 @@ class Attached(Evaluated):
 
 
 def attach(
-    trainer: T, *, effective_batch_size: int | None = None, budget: Budget | None = None
+    trainer: T,
+    *,
+    effective_batch_size: int | None = None,
+    budget: Budget | Literal["auto"] = "auto",
+    memory: str | float | None = None,
 ) -> T:
     """Make a Trainer accumulate exactly; return the same object.
 
@@ -275,9 +305,11 @@ def attach(
         trainer: A `transformers.Trainer` or any subclass, TRL's `SFTTrainer` among them.
         effective_batch_size: Examples in one step; by default what the arguments mean,
             `per_device_train_batch_size * gradient_accumulation_steps`. Any number of at least 1.
-        budget: How large a micro-batch may be; by default as many tokens as
-            `per_device_train_batch_size` rows of the longest example of each batch, on the CPU
-            at most 512.
+        budget: How large a micro-batch may be. "auto": the smallest that is as fast as any that
+            fits, measured by three short micro-batches at the first step and remembered on disk;
+            a resumed run keeps it.
+        memory: What there is for "auto": "20GiB", bytes, or a fraction of the device; by default
+            what is available.
 
     Raises:
         BadInput: An argument is wrong, the trainer is attached already, or runs on several
@@ -298,13 +330,16 @@ def attach(
         size = args.train_batch_size * args.gradient_accumulation_steps
     if isinstance(size, bool) or not isinstance(size, int) or size < 1:
         raise BadInput(f"effective_batch_size={size!r} is not a whole number of at least 1")
-    if budget is not None and not isinstance(budget, Budget):
+    if budget != AUTO and not isinstance(budget, Budget):
         raise BadInput(
-            f"budget={budget!r} is no gradaccum.Budget", hint="budget=gradaccum.Budget(tokens=8192)"
+            f"budget={budget!r} is neither a gradaccum.Budget nor 'auto'",
+            hint="budget=gradaccum.Budget(tokens=8192)",
         )
+    check(memory, budget == AUTO, args.device)
     refuse(trainer)
-    cut = Cut(budget, args.train_batch_size, args.device.type == "cpu")
-    accumulation = Accumulation(size, cut)
+    given = budget if isinstance(budget, Budget) else None
+    cut = Cut(given, args.train_batch_size, args.device.type == "cpu")
+    accumulation = Accumulation(size, cut, memory)
     trainer.accumulation = accumulation  # pyright: ignore[reportAttributeAccessIssue]
     trainer.add_callback(SameBatch())
     trainer.add_callback(OptimizerStep(accumulation))
