@@ -270,7 +270,7 @@ WRONG = {
     "a reporter that is not installed": ({"report_to": "wandb"}, "pip install wandb"),
     "a kernel that is not installed": ({"use_liger_kernel": True}, "pip install liger-kernel"),
     "an unknown flag": ({"efective_batch_size": 8}, "there is no flag --efective_batch_size"),
-    "a wrong budget": ({"budget": "lots"}, "neither a number of tokens nor of examples"),
+    "a wrong budget": ({"budget": "lots"}, "neither auto nor a number of tokens"),
     "a wrong value": ({"learning_rate": "fast"}, "--learning_rate"),
     "contradicting flags": (
         {
@@ -369,7 +369,7 @@ def test_help_teaches_and_commands_are_checked(capsys):
 
 def test_the_effective_batch_follows_from_stock_flags():
     parsed = arguments.parse(["--per_device_train_batch_size=3", "--gradient_accumulation_steps=5"])
-    assert parsed.effective_batch_size == 15 and parsed.budget is None
+    assert parsed.effective_batch_size == 15 and parsed.budget == "auto"
     parsed = arguments.parse(["--budget=2_048 tokens", "--model_name_or_path=x"])
     assert parsed.effective_batch_size == 8 and parsed.budget == Budget(tokens=2048)
     assert arguments.parse([]).effective_batch_size == 32

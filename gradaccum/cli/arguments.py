@@ -1,4 +1,4 @@
-"""The flags of `gradaccum train`: TRL's own dataclasses and parser, and four flags of ours."""
+"""The flags of `gradaccum train`: TRL's own dataclasses and parser, and five flags of ours."""
 
 import difflib
 import itertools
@@ -9,13 +9,14 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import torch
 import yaml
 from trl import ModelConfig, ScriptArguments, SFTConfig, TrlParser
 
 from gradaccum.errors import BadInput
+from gradaccum.memory.auto import AUTO
 from gradaccum.types import Budget
 
 # What `gradaccum train` without a model uses instead of the defaults of TRL.
@@ -37,8 +38,12 @@ class AccumulationArguments:
         default=None, metadata={"help": "Examples in one optimizer step; any number of at least 1."}
     )
     budget: str | None = field(
+        default="auto",
+        metadata={"help": 'Largest micro-batch: "8192" (padded tokens), "4 examples", or "auto".'},
+    )
+    memory: str | None = field(
         default=None,
-        metadata={"help": 'Largest micro-batch: "8192" (padded tokens) or "4 examples".'},
+        metadata={"help": 'What there is for it: "20GiB", or a fraction of the device, as 0.8.'},
     )
     json: bool = field(default=False, metadata={"help": "Print the summary as JSON on stdout."})
 
@@ -55,7 +60,8 @@ class Arguments:
     training: SFTConfig
     model: ModelConfig
     effective_batch_size: int
-    budget: Budget | None
+    budget: Budget | Literal["auto"]
+    memory: str | None
     json: bool
     given: frozenset[str]
 
@@ -125,7 +131,13 @@ def parse(words: list[str], *, others: Iterable[str] = ()) -> Arguments | None:
     _refuse_unknown(unknown, flags.union(others))
     _refuse_values(training)
     size = _effective_batch_size(own.effective_batch_size, training, given)
-    return Arguments(script, training, model, size, _budget(own.budget), own.json, given)
+    budget = _budget(own.budget)
+    if own.memory is not None and budget != AUTO:
+        raise BadInput(
+            f"--memory {own.memory} is for --budget auto, and --budget {own.budget} is given",
+            hint="leave out one of them",
+        )
+    return Arguments(script, training, model, size, budget, own.memory, own.json, given)
 
 
 def _config_apart(word: str) -> list[str]:
@@ -238,15 +250,15 @@ def _effective_batch_size(stated: int | None, training: SFTConfig, given: frozen
     return stated
 
 
-def _budget(text: str | None) -> Budget | None:
-    """Read "8192", "8192 tokens" or "4 examples"."""
-    if text is None:
-        return None
+def _budget(text: str | None) -> Budget | Literal["auto"]:
+    """Read "8192", "8192 tokens", "4 examples" or "auto"."""
+    if text is None or text == AUTO:
+        return AUTO
     number, _, unit = str(text).replace("_", "").replace(",", "").partition(" ")
     unit = unit.removesuffix("s")
     if not number.isdecimal() or unit not in ("", "token", "example") or int(number) < 1:
         raise BadInput(
-            f"--budget {text!r} is neither a number of tokens nor of examples",
+            f"--budget {text!r} is neither auto nor a number of tokens or of examples",
             hint='--budget 8192 or --budget "4 examples"',
         )
     return Budget(examples=int(number)) if unit == "example" else Budget(tokens=int(number))

@@ -10,8 +10,12 @@ commands:
             a small embedded example in under three minutes
   verify    tell whether a loop or a trainer accumulates exactly, and if not, why
 
+  plan      tell what a run needs, what fits and what is fastest, before it runs: neither weights
+            nor a GPU are needed
+
   gradaccum train --help      what train takes
   gradaccum verify --help     what verify takes
+  gradaccum plan --help       what plan takes
   gradaccum --version         the version
 """
 
@@ -32,9 +36,10 @@ how large a batch:
   --effective_batch_size N     examples in one optimizer step; any number. Default: 32 for the
                                embedded model, else per_device_train_batch_size x
                                gradient_accumulation_steps, as everywhere
-  --budget N | "N examples"    largest micro-batch, in padded tokens or in examples. Default: what
-                               per_device_train_batch_size rows of the longest example take, and
-                               at most 512 tokens on a CPU, where more is not faster
+  --budget N | "N examples"    largest micro-batch, in padded tokens or in examples. Default "auto":
+                               the smallest that is as fast as any that fits, measured on three
+                               short micro-batches at the first step, and remembered
+  --memory 20GiB | 0.8         what there is for it, or which part; default: what is available
   --per_device_train_batch_size, --gradient_accumulation_steps
                                as you know them, instead of --effective_batch_size
 
@@ -101,4 +106,34 @@ In a test suite: gradaccum.testing.assert_exact(loop, model, batch).
 
 exit codes: 0 exact, 1 not exact, 2 not judged: wrong flags, function or data, or the function or
             its loop failed (where is shown)
+"""
+
+PLAN = """\
+usage: gradaccum plan [flags of train] [--memory 24GiB] [--device cpu|cuda] [--plot FILE] [--json]
+
+Say what a step of these flags takes and which way of running it is fastest, before it runs. The
+step is traced on a model without data: a directory with a config.json suffices, and a model of
+8 billion parameters takes under a minute and half a gigabyte on a laptop.
+
+  gradaccum plan                                              the embedded example, on this machine
+  gradaccum plan --model_name_or_path ./model --effective_batch_size 64 --max_length 2048 \\
+                 --device cuda --memory 24GiB
+  gradaccum plan --model_name_or_path ./model --dataset_name pairs.jsonl --use_peft \\
+                 --load_in_4bit --device cuda --memory 24GiB --plot plan.png
+
+  --memory 24GiB | 0.9   what there is, or which part of the device; default: what is available
+  --device cpu | cuda    what is planned for; default: what this machine has. A GPU need not be here
+                         if --memory is given
+  --plot FILE            a picture (.png or .svg): memory and time against the micro-batch
+  --json                 all of it as JSON
+
+--gradient_checkpointing is chosen if it is not given; --optim, --dtype, --bf16, --use_peft,
+--load_in_4bit and --packing are taken as in train. With --dataset_name the lengths are those of the
+data, else every example has --max_length tokens.
+
+What is printed: the answer in a sentence; the options, where more accumulation steps take time but
+no memory and larger micro-batches the reverse, up to the knee beyond which they buy nothing; what
+to pass to gradaccum, or to stock TrainingArguments; what was assumed.
+
+exit codes: 0 done, 1 nothing fits, 2 wrong flags
 """

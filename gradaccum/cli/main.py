@@ -3,12 +3,14 @@
 Exit codes: 0 done, 1 refused or failed, 2 wrong usage, 128 + signal when stopped by one.
 """
 
+import importlib
 import logging
 import signal
 import sys
+from typing import Any
 
 import gradaccum
-from gradaccum.cli.help import TRAIN, USAGE, VERIFY
+from gradaccum.cli.help import PLAN, TRAIN, USAGE, VERIFY
 from gradaccum.errors import BadInput, GradaccumError, MissingExtra
 
 
@@ -22,7 +24,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"gradaccum {gradaccum.__version__}")
         return 0
     try:
-        commands = {"train": (TRAIN, _train), "verify": (VERIFY, _verify)}
+        commands = {"train": (TRAIN, _train), "verify": (VERIFY, _verify), "plan": (PLAN, _plan)}
         if words[0] not in commands:
             raise BadInput(f"there is no command {words[0]!r}", hint="gradaccum --help")
         text, run = commands[words[0]]
@@ -41,14 +43,21 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _train(words: list[str]) -> int:
+    return _imported("train").run(words)
+
+
+def _plan(words: list[str]) -> int:
+    return _imported("plan").run(words)
+
+
+def _imported(name: str) -> Any:
     try:
-        from gradaccum.cli import train
+        return importlib.import_module(f"gradaccum.cli.{name}")
     except ModuleNotFoundError as error:
         raise MissingExtra(
-            f"gradaccum train needs the package {error.name!r}, which is not installed",
+            f"gradaccum {name} needs the package {error.name!r}, which is not installed",
             hint='pip install "gradaccum[hf]"',
         ) from error
-    return train.run(words)
 
 
 def _verify(words: list[str]) -> int:

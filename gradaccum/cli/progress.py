@@ -71,8 +71,10 @@ class Progress(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        step = self._accumulation.last
+        step, found = self._accumulation.last, self._accumulation.found
         assert step is not None, "a step has just run"
+        if found is not None and state.global_step == self._first_step + 1:
+            self._say(f"budget    {found}")
         rate = step.useful / (time.perf_counter() - self._step_begin)
         if self._bar is not None:
             self._bar.set_postfix_str(
@@ -96,6 +98,9 @@ class Progress(TrainerCallback):
     def on_train_end(self, *_: Any, **__: Any) -> None:
         if self._bar is not None:
             self._bar.close()
+
+    def _say(self, text: str) -> None:
+        tqdm.write(text, file=sys.stderr)  # above the bar, where there is one
 
 
 class Metrics(TrainerCallback):

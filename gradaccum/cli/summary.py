@@ -14,7 +14,6 @@ import datasets
 from gradaccum.cli.arguments import Arguments
 from gradaccum.cli.progress import Metrics
 from gradaccum.device import suppressing_out_of_memory
-from gradaccum.integrations.accumulation import CPU_TOKENS
 from gradaccum.objective import causal_lm, length
 from gradaccum.split import split
 from gradaccum.types import Proof, counted
@@ -62,20 +61,15 @@ def describe(trainer: Any, arguments: Arguments, output: Path, resume: str | Non
 def _batch_line(trainer: Any, rows: list[Any]) -> str:
     """Say how an effective batch is cut, from the first batches of the data."""
     accumulation = trainer.accumulation
-    size = accumulation.effective_batch_size
-    windows = [rows[i : i + size] for i in range(0, len(rows), size)]
-    windows = [window for window in windows if len(window) == size] or windows
-    budgets = [accumulation.cut.budget_for(window) for window in windows]
-    cuts = [split(w, causal_lm(), b) for w, b in zip(windows, budgets, strict=True)]
-    largest = max(budgets, key=lambda budget: budget.tokens or 0)
-    why = f"as much as {counted(accumulation.cut.rows, 'row')} of the longest example"
-    if accumulation.cut.budget is not None:
-        why = "--budget"
-    elif largest.tokens == CPU_TOKENS:
-        why = "more at once is not faster on a CPU"
-    mean = statistics.fmean(map(len, cuts))
-    micros = counted(round(mean), "micro-batch")
-    text = f"effective batch {size:,} = about {micros} of up to {largest} ({why})"
+    size, budget = accumulation.effective_batch_size, accumulation.cut.budget
+    text = f"effective batch {size:,}"
+    if budget is None:
+        text += "; how large micro-batches are is measured at the first step"
+    else:
+        windows = [rows[i : i + size] for i in range(0, len(rows), size)]
+        windows = [window for window in windows if len(window) == size] or windows
+        mean = statistics.fmean(len(split(window, causal_lm(), budget)) for window in windows)
+        text += f" = about {counted(round(mean), 'micro-batch')} of up to {budget} (--budget)"
     if len(rows) < size:
         text += f"; each step takes the {counted(len(rows), 'example')} that there are"
     return text

@@ -175,7 +175,10 @@ def _trainer(arguments: Arguments, output: Path) -> Any:
     trainer.remove_callback(transformers.trainer_callback.ProgressCallback)
     trainer.remove_callback(transformers.trainer_callback.PrinterCallback)
     return attach(
-        trainer, effective_batch_size=arguments.effective_batch_size, budget=arguments.budget
+        trainer,
+        effective_batch_size=arguments.effective_batch_size,
+        budget=arguments.budget,
+        memory=arguments.memory,
     )
 
 

@@ -1,0 +1,305 @@
+"""`gradaccum plan`: what the run of these flags needs, how fast each way is, and which to take.
+
+The plan goes to stdout, progress to stderr. Neither weights nor a GPU are needed.
+"""
+
+import argparse
+import json
+import warnings
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+from trl import get_peft_config
+from trl.trainer.utils import add_fused_lm_head
+
+from gradaccum.cli import data, embedded
+from gradaccum.cli.arguments import Arguments, parse
+from gradaccum.cli.picture import draw
+from gradaccum.cli.summary import say
+from gradaccum.cli.train import _dataset, _quiet, _texts
+from gradaccum.errors import BadInput
+from gradaccum.memory.plan import Option, Plan, plan
+from gradaccum.memory.recipes import FOUR_BIT, quantise
+from gradaccum.objective import Objective, causal_lm
+from gradaccum.types import GIB, counted
+
+SHOWN = 8  # rows of the table for one setting
+MOST_ROWS = 4_000  # of the data, whose lengths are looked at
+TILE = 4096  # rows that TRL's head scores at a time
+HEAD = "the loss is that of TRL's SFTTrainer, with the head over every position"
+FOLDED = {"activations": ("activations", "temporaries", "inputs", "buffers")}
+COLUMNS = ("parameters", "gradients", "optimizer state", "activations")
+
+
+def run(words: list[str]) -> int:
+    """Plan what the words say, print it and return the exit code."""
+    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    own.add_argument("--device", choices=("cpu", "cuda"))
+    own.add_argument("--plot")
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_, **__: say(f"warning: {message}")
+        _quiet()
+        try:
+            mine, rest = own.parse_known_args(words)
+        except (SystemExit, argparse.ArgumentError) as error:
+            raise BadInput("--device is cpu or cuda, and --plot takes a file") from error
+        if mine.plot is not None and Path(mine.plot).suffix not in (".png", ".svg"):
+            raise BadInput(f"--plot {mine.plot} is neither .png nor .svg")
+        arguments = parse(rest, others=("--device", "--plot"))
+        if arguments is None:
+            return 0
+        found = _planned(arguments, mine.device)
+    if mine.plot is not None:
+        draw(found, Path(mine.plot))
+        say(f"plot      {mine.plot}")
+    print(json.dumps(_as_json(found)) if arguments.json else _text(found, arguments))
+    return 0
+
+
+def _planned(arguments: Arguments, device: str | None) -> Plan:
+    training, model_args = arguments.training, arguments.model
+    on_gpu = device == "cuda" or (device is None and torch.accelerator.is_available())
+    say("gradaccum plan")
+    assumed: list[str] = []
+    config, lengths = _config_and_lengths(arguments, assumed)
+    model = _model(arguments, config, assumed)
+    autocast = torch.bfloat16 if training.bf16 and (on_gpu or "bf16" in arguments.given) else None
+    if on_gpu and not {"bf16", "fp16"} & arguments.given:
+        autocast = torch.bfloat16  # TRL's default
+        assumed.append("forwards run under bf16 autocast, as is TRL's default")
+    say(f"model     {model_args.model_name_or_path}: {_described(model)}")
+    say("plan      tracing a step without data ...")
+    return plan(
+        model,
+        Objective(_fused, None, causal_lm().size, trim=True, chunk=TILE),
+        effective_batch=arguments.effective_batch_size,
+        memory=arguments.memory,
+        optimizer=str(getattr(training.optim, "value", training.optim)),
+        lengths=lengths,
+        checkpointing=training.gradient_checkpointing
+        if "gradient_checkpointing" in arguments.given
+        else None,
+        autocast=autocast,
+        device=device,
+        assumptions=[HEAD, *assumed],
+    )
+
+
+def _fused(model: Any, micro: dict[str, Any]) -> torch.Tensor:
+    return model(**micro, fused_lm_head=True, num_items_in_batch=1.0).loss
+
+
+def _config_and_lengths(
+    arguments: Arguments, assumed: list[str]
+) -> tuple[PreTrainedConfig, list[int]]:
+    """Return the model's configuration, and the tokens of the examples."""
+    name, longest = str(arguments.model.model_name_or_path), arguments.training.max_length or 1024
+    if name == "embedded":
+        dataset = _dataset(arguments, "train")
+        tokenizer = embedded.tokenizer(_texts(dataset, arguments.training.dataset_text_field))
+        return embedded.model(tokenizer).config, _lengths(dataset, tokenizer, longest, arguments)
+    local = Path(name).expanduser()
+    if name.startswith((".", "/", "~")) and not local.exists():
+        raise BadInput(f"there is no {name}", hint=data.near(local))
+    if local.is_dir() and not (local / "config.json").is_file():
+        raise BadInput(f"--model_name_or_path {name} has no config.json")
+    try:
+        config = AutoConfig.from_pretrained(
+            str(local) if local.exists() else name, revision=arguments.model.model_revision
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise BadInput(
+            f"--model_name_or_path {name} names no model that is known: "
+            f"{str(error).strip().splitlines()[0]}",
+            hint="a directory, a config.json, or a hub id",
+        ) from error
+    if "dataset_name" not in arguments.given:
+        assumed.append(f"every example has {longest:,} tokens (--max_length), as none are given")
+        return config, [longest]
+    folder = local if local.is_dir() else local.parent if local.exists() else None
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder) if folder else name)
+    except (OSError, ValueError) as error:
+        raise BadInput(
+            f"the lengths of {arguments.script.dataset_name} need a tokenizer, and {name} has none",
+            hint="leave out --dataset_name: every example then counts as --max_length",
+        ) from error
+    return config, _lengths(_dataset(arguments, "train"), tokenizer, longest, arguments)
+
+
+def _lengths(dataset: Any, tokenizer: Any, longest: int, arguments: Arguments) -> list[int]:
+    """Return the tokens of examples of the data, cut at the longest."""
+    rows = [row for row, _ in zip(dataset, range(MOST_ROWS), strict=False)]
+    if arguments.training.packing:
+        return [longest]
+    if "input_ids" in rows[0]:
+        found = [len(row["input_ids"]) for row in rows]
+    else:
+        texts = [_joined(row, tokenizer, arguments.training.dataset_text_field) for row in rows]
+        found = [len(ids) + 1 for ids in tokenizer(texts)["input_ids"]]  # and the end of sequence
+    return [max(2, min(n, longest)) for n in found]
+
+
+def _joined(row: dict[str, Any], tokenizer: Any, field: str) -> str:
+    turns = row.get("messages")
+    if turns is None and isinstance(row.get("prompt"), list):
+        turns = row["prompt"] + row["completion"]
+    if turns is not None and tokenizer.chat_template:
+        return tokenizer.apply_chat_template(turns, tokenize=False)
+    if turns is not None:
+        return "\n".join(str(turn["content"]) for turn in turns)
+    return row[field] if field in row else f"{row['prompt']}{row['completion']}"
+
+
+def _model(arguments: Arguments, config: PreTrainedConfig, assumed: list[str]) -> Any:
+    """Return the model of the flags on the meta device, with its adapters."""
+    model_args = arguments.model
+    name = model_args.dtype or "float32"
+    dtype = (config.dtype or torch.float32) if name == "auto" else getattr(torch, name)
+    if model_args.load_in_4bit and name == "float32":
+        dtype = torch.bfloat16
+        assumed.append("what is not quantised is in bfloat16")
+    if model_args.load_in_8bit:
+        raise BadInput("plan does not know --load_in_8bit", hint="--load_in_4bit --use_peft")
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation=model_args.attn_implementation
+            )
+    except (ValueError, ImportError) as error:
+        raise BadInput(
+            f"{type(config).__name__} is of no causal language model that can be built: "
+            f"{str(error).strip().splitlines()[0][:160]}"
+        ) from error
+    add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
+    adapters = get_peft_config(model_args)
+    if adapters is not None:
+        from peft import get_peft_model
+
+        model: Any = get_peft_model(model, adapters)
+    if model_args.load_in_4bit:
+        if adapters is None:
+            raise BadInput("4-bit weights are not trained themselves", hint="add --use_peft")
+        quantise(model, nested=model_args.use_bnb_nested_quant)
+        for p in model.parameters():
+            if p.requires_grad:
+                p.data = p.data.to(torch.bfloat16)
+        assumed.append(FOUR_BIT)
+    return model.train()
+
+
+def _described(model: Any) -> str:
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters())
+    kinds = {str(p.dtype).removeprefix("torch.") for p in model.parameters()}
+    return f"{trained:,} of {total:,} parameters trained, {', '.join(sorted(kinds))}"
+
+
+def _text(found: Plan, arguments: Arguments) -> str:
+    return "\n".join(
+        [
+            str(found),
+            "",
+            *_table(found),
+            "",
+            *_to_paste(found, arguments),
+            "",
+            "assumed",
+            *(f"  - {text}" for text in found.assumptions),
+        ]
+    )
+
+
+def _table(found: Plan) -> list[str]:
+    """Return the options as lines: the chosen setting by size, the best of the others."""
+    heads = [
+        "effective batch", "micro-batch", "steps", "ckpt", "peak GiB",
+        *COLUMNS, "time", "fits",
+    ]  # fmt: skip
+    fitting = [option.seconds for option in found.options if option.fits]
+    least = min(fitting)
+    rows = [
+        [
+            f"{found.effective_batch:,}",
+            str(option.budget).removesuffix("s") + ("s" if str(option.budget)[-1] == "s" else ""),
+            f"{option.num_micros:,}",
+            "on" if option.checkpointing else "off",
+            f"{option.peak_bytes / GIB:.2f}",
+            *(f"{_folded(option, name) / GIB:.2f}" for name in COLUMNS),
+            f"{option.seconds / least:.2f}x",
+            ("<- this" if _is_chosen(option, found) else "yes") if option.fits else "no",
+        ]
+        for option in shown(found)
+    ]
+    widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
+    return [
+        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+        for row in (heads, *rows)
+    ]
+
+
+def shown(found: Plan) -> list[Option]:
+    """Return the options to show: some sizes of each setting, the chosen among them."""
+    settings: dict[tuple[bool, int | None], list[Option]] = {}
+    for option in found.options:
+        settings.setdefault((option.checkpointing, option.chunk), []).append(option)
+    kept = []
+    for options in settings.values():
+        step = max(1, -(-len(options) // SHOWN))
+        kept += [o for i, o in enumerate(options) if i % step == 0 or _is_chosen(o, found)]
+    return kept
+
+
+def _is_chosen(option: Option, found: Plan) -> bool:
+    keys = ("budget", "checkpointing", "chunk")
+    return all(getattr(option, key) == getattr(found.chosen, key) for key in keys)
+
+
+def _folded(option: Option, name: str) -> int:
+    return sum(option.categories.get(part, 0) for part in FOLDED.get(name, (name,)))
+
+
+def _to_paste(found: Plan, arguments: Arguments) -> list[str]:
+    """Return the flags of our engine and the arguments of the stock trainer."""
+    one, size = found.chosen, found.effective_batch
+    rows = max(1, one.budget.examples or (one.budget.tokens or 1) // one.length)
+    rows = min(rows, size)
+    exact = max(n for n in range(1, rows + 1) if size % n == 0)
+    unit = "examples" if one.budget.examples is not None else "tokens"
+    number = one.budget.examples or one.budget.tokens
+    lines = [
+        "with gradaccum: any effective batch, exactly",
+        f'  gradaccum train ... --effective_batch_size {size} --budget "{number} {unit}" '
+        f"--gradient_checkpointing {one.checkpointing}",
+        "",
+        "with stock arguments",
+        f"  TrainingArguments(per_device_train_batch_size={exact}, "
+        f"gradient_accumulation_steps={size // exact}, "
+        f"gradient_checkpointing={one.checkpointing}, ...)",
+    ]
+    if size % rows:
+        near = max(1, round(size / rows))
+        lines.append(
+            f"  {rows} rows would fit, and {size} is no multiple of it: the nearest is {rows} x "
+            f"{near} = {rows * near}; our engine runs {size} in "
+            f"{counted(one.num_micros, 'micro-batch')}"
+        )
+    return lines
+
+
+def _as_json(found: Plan) -> dict[str, Any]:
+    def told(option: Option) -> dict[str, Any]:
+        return asdict(option) | {"budget": asdict(option.budget)}
+
+    return {
+        "effective_batch": found.effective_batch,
+        "memory_bytes": found.cap.stated_bytes,
+        "tensor_bytes": found.cap.num_bytes,
+        "chosen": told(found.chosen),
+        "options": [told(option) for option in found.options],
+        "seconds_are_of": found.machine.name if found.machine.is_here else None,
+        "assumptions": list(found.assumptions),
+    }
