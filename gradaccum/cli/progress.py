@@ -73,9 +73,12 @@ class Progress(TrainerCallback):
     ) -> None:
         step, found = self._accumulation.last, self._accumulation.found
         assert step is not None, "a step has just run"
+        planning = 0.0
         if found is not None and state.global_step == self._first_step + 1:
-            self._say(f"budget    {found}")
-        rate = step.useful / (time.perf_counter() - self._step_begin)
+            tqdm.write(f"budget    {found}", file=sys.stderr)  # above the bar, where there is one
+            planning = found.seconds
+            self._begin += planning
+        rate = step.useful / (time.perf_counter() - self._step_begin - planning)
         if self._bar is not None:
             self._bar.set_postfix_str(
                 f"step {state.global_step}/{state.max_steps}, loss {step.loss:.4f}, "
@@ -98,9 +101,6 @@ class Progress(TrainerCallback):
     def on_train_end(self, *_: Any, **__: Any) -> None:
         if self._bar is not None:
             self._bar.close()
-
-    def _say(self, text: str) -> None:
-        tqdm.write(text, file=sys.stderr)  # above the bar, where there is one
 
 
 class Metrics(TrainerCallback):

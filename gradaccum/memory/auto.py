@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
@@ -41,6 +42,7 @@ class Found:
         choice: What it means for the batches that were looked at; None where there is no choice.
         cap: What memory there is.
         num_probes: Micro-batches measured for it; 0 if that was remembered.
+        seconds: What finding it has taken.
         why: Where there is no choice.
     """
 
@@ -48,13 +50,14 @@ class Found:
     choice: Choice | None
     cap: Cap
     num_probes: int
+    seconds: float
     why: str = ""
 
     def __str__(self) -> str:
         if self.choice is None:
             return f"micro-batches of up to {self.budget}: {self.why}"
         num = counted(max(1, round(self.choice.num_micros)), "micro-batch")
-        source = f"measured on {self.num_probes}" if self.num_probes else "remembered"
+        source = f"measured in {self.seconds:.1f} s" if self.num_probes else "remembered"
         return (
             f"about {num} of up to {self.budget} ({source}; larger are not 2% faster, or take more "
             f"than the {self.cap.stated_bytes / GIB:.1f} GiB)"
@@ -151,13 +154,16 @@ def find(
         aside: Keeps what runs inside out of the training.
         name: Tells losses apart that the same model may have.
     """
+    begin = time.perf_counter()
     model = accumulator.model
     device = next(model.parameters()).device
     held = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
     cap = cap_of(memory, device, held_bytes=held if device.type == "cpu" else _taken(device))
     if batch_norms(model):
         whole = Budget(examples=effective_batch)
-        return _said(Found(whole, None, cap, 0, "BatchNorm in training mode needs all at once"))
+        return _said(
+            Found(whole, None, cap, 0, 0.0, "BatchNorm in training mode needs all at once")
+        )
     key = _key(accumulator, device, name)
     probed, num = _remembered(key), 0
     if probed is None:
@@ -171,7 +177,7 @@ def find(
     budget = best.budget
     if budget.examples is not None and max(sizes) > 1:  # of longer examples it then takes fewer
         budget = Budget(tokens=budget.examples * max(sizes))
-    return _said(Found(budget, best, cap, num))
+    return _said(Found(budget, best, cap, num, time.perf_counter() - begin))
 
 
 def _said(found: Found) -> Found:

@@ -3,6 +3,7 @@
 No weights and no device are needed: a step is traced on a twin of the model that holds no data.
 """
 
+import copy
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
@@ -18,14 +19,16 @@ from gradaccum.memory import choose
 from gradaccum.memory.cap import Cap, cap_of
 from gradaccum.memory.choose import Choice
 from gradaccum.memory.machine import GPU, Machine, measure
-from gradaccum.memory.predict import Envelope, Job, Operations, trace
-from gradaccum.memory.recipes import MakeOptimizer, optimizer_of
-from gradaccum.memory.tracker import ACTIVATIONS, CATEGORIES, INPUTS, TEMPORARIES
+from gradaccum.memory.predict import Envelope, Job, Operations, switch, trace
+from gradaccum.memory.probe import Probed, fitted, shapes, timed
+from gradaccum.memory.recipes import FourBit, MakeOptimizer, optimizer_of
+from gradaccum.memory.tracker import ACTIVATIONS, CATEGORIES, INPUTS, TEMPORARIES, Tracker
 from gradaccum.objective import Objective, causal_lm
 from gradaccum.types import GIB, Budget, counted
 
 MIDDLE = 0.6  # the part of the examples that are shorter than a row of middle length
 PASSING = (ACTIVATIONS, TEMPORARIES, INPUTS)
+SMALL = 2**30  # bytes of parameters, up to which a model is run to time it
 LENGTH = 1024  # tokens of each example where nothing else is said, as TRL's max_length
 
 
@@ -310,7 +313,8 @@ class Traced:
     """Forecast from traces of the longest rows, of rows of middle length, and of one row alone.
 
     Shorter rows count by their tokens, as rows of the next longer trace: a little too much. One
-    row alone has no padding, and with it no mask.
+    row alone has no padding, and with it no mask. The time of a small model on the machine at hand
+    is measured instead.
 
     Args:
         job: What one step is.
@@ -328,11 +332,14 @@ class Traced:
         self.seconds_after = self._envelopes[0].seconds_after(machine)
         self._seconds = functools.cache(lambda of, rows: of.seconds(rows, machine))
         self._peak = functools.cache(lambda of, rows: of.peak_bytes(rows))
+        self._probed = _probed(job, lengths) if machine.is_here and _is_small(job.model) else None
         if self._alone is not None:
             self._seconds_alone = machine.seconds(*self._alone.costs(1))
 
     def seconds(self, rows: int, length: int) -> float:
         """Return the time of a micro-batch, forward and backward."""
+        if self._probed is not None:
+            return self._probed.seconds(rows, length)
         if rows == 1 and self._alone is not None:
             return self._seconds_alone * length / self._longest
         return self._seconds(*self._beside(rows, length))
@@ -354,6 +361,33 @@ class Traced:
     def _beside(self, rows: int, length: int) -> tuple[Envelope, float]:
         envelope = next(e for e in self._envelopes if e.length >= length)
         return envelope, rows * length / envelope.length
+
+
+def _is_small(model: nn.Module) -> bool:
+    """Tell whether the model can be made here with random weights and run a few times."""
+    held = sum(p.numel() * p.element_size() for p in model.parameters())
+    return held < SMALL and not any(isinstance(m, FourBit) for m in model.modules())
+
+
+def _probed(job: Job, lengths: Sequence[int]) -> Probed:
+    """Return the times of three short micro-batches, with random weights if there are none."""
+    device = torch.device(_device_here())
+    model = copy.deepcopy(job.model)
+    found = {}
+    with torch.random.fork_rng():
+        if next(model.parameters()).is_meta:
+            model.to_empty(device=device)
+            with torch.no_grad():
+                for t in (*model.parameters(), *model.buffers()):
+                    t.normal_(0, 0.02) if t.is_floating_point() else t.zero_()
+        model.to(device).train()
+        switch(model, job.checkpointing)
+        engine = job.accumulator(model, Tracker())
+        for shape in shapes(lengths, device):
+            inputs = job.inputs(*shape)
+            timed(engine, inputs, shape)  # to warm up
+            found[shape] = timed(engine, inputs, shape)
+    return Probed(fitted(found), (0.0, 0.0, 0.0))
 
 
 def _inputs(
@@ -382,8 +416,11 @@ def _inputs(
 
     def make(rows: int, length: int) -> dict[str, torch.Tensor]:
         ids = torch.zeros(rows, length, dtype=torch.long)
-        mask = {"attention_mask": torch.ones_like(ids)} if ragged and rows > 1 else {}
-        return {"input_ids": ids, "labels": ids.clone(), **mask}
+        made = {"input_ids": ids, "labels": ids.clone()}
+        if ragged and rows > 1:
+            made["attention_mask"] = torch.ones_like(ids)
+            made["attention_mask"][-1, -1] = 0  # without any padding models drop the mask
+        return made
 
     return found, make
 

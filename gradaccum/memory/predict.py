@@ -129,7 +129,7 @@ def trace(
         same = functools.cache(functools.partial(fake_like, mode=mode))  # one for each tensor
         inputs = map_leaves(window.inputs, same)
         model = twin_of(job.model, mode).train()
-        _switch(model, job.checkpointing)
+        switch(model, job.checkpointing)
         optimizer = job.optimizer(_trained(model))
         for p in _trained(model):
             p.grad = torch.zeros_like(p)
@@ -145,7 +145,7 @@ def _touch(model: nn.Module, _: Any) -> Tensor:
     return torch.stack([p.sum().float() for p in _trained(model)]).sum()
 
 
-def _switch(model: Any, on: bool | None) -> None:
+def switch(model: Any, on: bool | None) -> None:
     """Switch checkpointing of a twin on or off, if it is the other."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of names that are about to change

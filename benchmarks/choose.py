@@ -1,0 +1,113 @@
+"""Compare the budget that is chosen with every other one, run for real.
+
+python benchmarks/choose.py --out benchmarks/results/choose.json
+
+Two models: the embedded default on its real, ragged data, and an encoder on rows of equal length.
+Each budget of the grid runs the same effective batches, interleaved, one round after the other; the
+rate of a budget is that of its fastest round. "lost" is how much slower the chosen one is than the
+best.
+"""
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers as hf
+from common import publish
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp()  # nothing is remembered from before
+
+import gradaccum
+from gradaccum.cli import embedded
+from gradaccum.types import Budget
+
+SIZE = 32
+
+
+def ragged() -> tuple[Any, Any, list[Any]]:
+    """Return model, objective and effective batches of the embedded example."""
+    pairs = embedded.functions(600)
+    tokenizer = embedded.tokenizer(pair["prompt"] + pair["completion"] for pair in pairs)
+    rows = []
+    for pair in pairs[: 6 * SIZE]:
+        ids = tokenizer(pair["prompt"] + pair["completion"])["input_ids"][:1024]
+        rows.append({"input_ids": ids, "labels": ids})
+    batches = [rows[i : i + SIZE] for i in range(0, len(rows), SIZE)]
+    return embedded.model(tokenizer).train(), gradaccum.causal_lm(), batches
+
+
+def even() -> tuple[Any, Any, list[Any]]:
+    """Return model, objective and effective batches of an encoder with rows of 128 tokens."""
+    torch.manual_seed(0)
+    config = hf.BertConfig(
+        vocab_size=8192, hidden_size=256, intermediate_size=1024, num_hidden_layers=4,
+        num_attention_heads=4, num_labels=3, hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    batches = [
+        [{"input_ids": torch.randint(1, 8192, (128,)).tolist(), "labels": i % 3} for i in range(64)]
+        for _ in range(2)
+    ]
+    objective = gradaccum.from_mean(weight="rows", size=lambda example: len(example["input_ids"]))
+    return hf.BertForSequenceClassification(config).train(), objective, batches
+
+
+def compared(make: Any, rounds: int) -> dict[str, Any]:
+    model, objective, batches = make()
+    collate = None
+    if make is even:
+        collate = lambda rows: {k: torch.tensor([row[k] for row in rows]) for k in rows[0]}  # noqa: E731
+    begin = time.perf_counter()
+    auto = gradaccum.Accumulator(model, objective, collate=collate)
+    auto.backward(batches[0])
+    found, first = auto.found, time.perf_counter() - begin
+    model.zero_grad()
+    begin = time.perf_counter()
+    auto.backward(batches[0])
+    planning = first - (time.perf_counter() - begin)
+    model.zero_grad()
+    longest = max(len(row["input_ids"]) for batch in batches for row in batch)
+    grid = [64, 128, 256, 512, 1024, 2048, 4096, 8192]
+    budgets = sorted({*grid, found.budget.tokens})
+    seconds: dict[int, float] = {}
+    for _ in range(rounds):
+        for tokens in budgets:
+            engine = gradaccum.Accumulator(
+                model, objective, budget=Budget(tokens=tokens), collate=collate
+            )
+            begin = time.perf_counter()
+            for batch in batches:
+                engine.backward(batch)
+                model.zero_grad()
+            spent = time.perf_counter() - begin
+            seconds[tokens] = min(spent, seconds.get(tokens, spent))
+        print(make.__name__, seconds, file=sys.stderr)
+    best = min(seconds, key=seconds.__getitem__)
+    return {
+        "longest": longest,
+        "seconds_by_tokens": {tokens: round(s, 3) for tokens, s in seconds.items()},
+        "best_tokens": best,
+        "chosen_tokens": found.budget.tokens,
+        "lost": seconds[found.budget.tokens] / seconds[best] - 1,
+        "micro_batches_measured": found.num_probes,
+        "planning_seconds": round(planning, 2),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--out")
+    args = parser.parse_args()
+    figures = {make.__name__: compared(make, args.rounds) for make in (ragged, even)}
+    publish(figures, args.out, hf)
+
+
+if __name__ == "__main__":
+    main()

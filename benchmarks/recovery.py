@@ -1,0 +1,95 @@
+"""Measure what being able to recover costs in a step that does not have to.
+
+python benchmarks/recovery.py --out benchmarks/results/recovery.json
+
+What a step adds is that random state, buffers and attributes are noted before it. Steps with and
+without it run in turn; beside their ratio stands the time of the noting itself, which is the better
+figure: it is far below the noise between two steps.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers as hf
+from common import publish
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import gradaccum
+from gradaccum import engine
+from gradaccum.state import Past
+
+
+def llama(width: int, layers: int, vocab: int) -> Any:
+    config = hf.LlamaConfig(
+        vocab_size=vocab, hidden_size=width, intermediate_size=3 * width,
+        num_hidden_layers=layers, num_attention_heads=width // 64,
+        num_key_value_heads=width // 64,
+    )  # fmt: skip
+    return hf.LlamaForCausalLM(config).train()
+
+
+class Nothing:
+    """Stand in for what is noted."""
+
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+
+
+def compared(model: Any, rows: int, length: int, rounds: int) -> dict[str, float]:
+    examples = [{"input_ids": ids, "labels": ids} for ids in [[7] * length] * rows]
+    accumulator = engine.Accumulator(
+        model, gradaccum.causal_lm(), budget=gradaccum.Budget(tokens=512)
+    )
+    seconds: dict[Any, list[float]] = {Past: [], Nothing: []}
+    for _ in range(rounds):
+        for kind, spent in seconds.items():
+            engine.Past = kind
+            begin = time.perf_counter()
+            accumulator.backward(examples)
+            spent.append(time.perf_counter() - begin)
+            model.zero_grad()
+    engine.Past = Past
+    noting = []
+    for _ in range(50):
+        begin = time.perf_counter()
+        Past(model, largest=engine.KEPT)
+        noting.append(time.perf_counter() - begin)
+    with_it, without = (statistics.median(spent) for spent in seconds.values())
+    return {
+        "step_seconds": round(without, 4),
+        "ratio_of_medians": round(with_it / without, 4),
+        "noting_seconds": round(statistics.median(noting), 6),
+        "noting_share": round(statistics.median(noting) / without, 6),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--out")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    publish(
+        {
+            "embedded default, 32 x 128 tokens": compared(
+                llama(256, 4, 8192), 32, 128, args.rounds
+            ),
+            "26 million parameters, 16 x 128 tokens": compared(
+                llama(512, 6, 8192), 16, 128, args.rounds
+            ),
+            "one short micro-batch of 64 tokens": compared(
+                llama(256, 4, 8192), 1, 64, 10 * args.rounds
+            ),
+        },
+        args.out,
+        hf,
+    )
+
+
+if __name__ == "__main__":
+    main()
