@@ -53,18 +53,19 @@ class Past:
 
     def __init__(self, model: nn.Module, *, largest: int | None = None) -> None:
         self.random = Random()
-        self._modules = [
-            (m, {k: v for k, v in vars(m).items() if not k.startswith("_")}, dict(m._buffers))
-            for m in model.modules()
-        ]
+        self._modules = [(m, vars(m).copy(), m._buffers.copy()) for m in model.modules()]
         self._values: list[tuple[Tensor, Tensor]] = []
         self._others: list[tuple[str, Tensor, int]] = []
-        for name, buffer in model.named_buffers():
-            if largest is None or buffer.numel() <= largest:
-                if _is_written(buffer):
+        for module, _, buffers in self._modules:
+            for name, buffer in buffers.items():
+                if buffer is None:
+                    continue
+                if largest is not None and buffer.numel() > largest:
+                    self._others.append(
+                        (f"{name} of {type(module).__name__}", buffer, buffer._version)
+                    )
+                elif _is_written(buffer):
                     self._values.append((buffer, buffer.detach().clone()))
-            else:
-                self._others.append((name, buffer, buffer._version))
 
     def restore(self) -> None:
         """Put it back.
@@ -74,7 +75,8 @@ class Past:
         """
         self.random.restore()
         with torch.no_grad():
-            for module, plain, named in self._modules:
+            for module, attributes, named in self._modules:
+                plain = {k: v for k, v in attributes.items() if not k.startswith("_")}
                 vars(module).update(plain)
                 module._buffers.update(named)
             for buffer, value in self._values:

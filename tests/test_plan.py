@@ -1,14 +1,14 @@
 """Planned, measured, chosen: what fits, what is fastest, and what is said where nothing does."""
 
 import json
-import subprocess
-import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, T5Config
 
 import gradaccum
+from gradaccum.cli.main import main
 from gradaccum.errors import BadInput, DoesNotFit
 from gradaccum.memory import auto, choose
 from gradaccum.memory.cap import cap_of
@@ -200,7 +200,8 @@ def test_a_plan_is_what_a_trace_of_it_takes():
     assert str(found).startswith("effective batch 8 on 2.0 GiB: ")
 
 
-def test_less_memory_takes_checkpointing_or_chunks_and_in_the_end_nothing_fits():
+def test_less_memory_takes_checkpointing_or_chunks_and_in_the_end_nothing_fits(monkeypatch):
+    monkeypatch.setattr("gradaccum.memory.plan.SMALL", 0)  # times by what operations take
     wide = gradaccum.plan(CONFIG, effective_batch=8, lengths=2048, memory="2GiB")
     assert not wide.chosen.checkpointing and wide.chosen.chunk is None
     options = {(o.checkpointing, o.chunk) for o in wide.options}
@@ -276,10 +277,14 @@ def test_what_cannot_be_planned_is_said():
     assert "auto" in str(caught.value)
 
 
-def command(*words):
-    return subprocess.run(
-        [sys.executable, "-m", "gradaccum", "plan", *words], capture_output=True, text=True
-    )
+@pytest.fixture
+def command(capsys):
+    def run(*words):
+        code = main(["plan", *words])
+        said = capsys.readouterr()
+        return SimpleNamespace(returncode=code, stdout=said.out, stderr=said.err)
+
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -289,7 +294,7 @@ def config_file(tmp_path_factory):
     return path / "config.json"
 
 
-def test_the_command_needs_a_config_alone(config_file, tmp_path):
+def test_the_command_needs_a_config_alone(command, config_file, tmp_path):
     picture = tmp_path / "plan.svg"
     done = command(f"--model_name_or_path={config_file}", "--effective_batch_size=64",
                    "--max_length=128", "--memory=1GiB", f"--plot={picture}")  # fmt: skip
@@ -303,7 +308,7 @@ def test_the_command_needs_a_config_alone(config_file, tmp_path):
     assert picture.read_text().lstrip().startswith("<?xml")
 
 
-def test_a_target_that_does_not_divide_is_told_both_ways(config_file):
+def test_a_target_that_does_not_divide_is_told_both_ways(command, config_file):
     done = command(f"--model_name_or_path={config_file.parent}", "--effective_batch_size=31",
                    "--max_length=64", "--memory=1GiB", "--json", "--use_peft")  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -312,7 +317,7 @@ def test_a_target_that_does_not_divide_is_told_both_ways(config_file):
     assert sum(found["chosen"]["categories"].values()) == found["chosen"]["peak_bytes"]
 
 
-def test_a_four_bit_base_is_planned_for_a_gpu(config_file):
+def test_a_four_bit_base_is_planned_for_a_gpu(command, config_file):
     done = command(f"--model_name_or_path={config_file}", "--use_peft", "--load_in_4bit",
                    "--memory=2GiB", "--device=cuda", "--optim=paged_adamw_8bit")  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -325,12 +330,12 @@ def test_a_four_bit_base_is_planned_for_a_gpu(config_file):
      (["--device=tpu"], "--device is cpu or cuda", 2), (["--memory=6MiB"], "takes at least", 1),
      (["--load_in_4bit"], "add --use_peft", 2), (["--optim=galore_adamw"], "not known", 2)],
 )  # fmt: skip
-def test_wrong_flags_of_the_command(config_file, words, said, code):
+def test_wrong_flags_of_the_command(command, config_file, words, said, code):
     done = command(f"--model_name_or_path={config_file}", "--max_length=64", *words)
     assert said in done.stderr and done.returncode == code
 
 
-def test_unknown_architectures(tmp_path):
+def test_unknown_architectures(command, tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "nonsense"}')
     done = command(f"--model_name_or_path={tmp_path}")
     assert done.returncode == 2 and "names no model that is known" in done.stderr

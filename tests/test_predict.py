@@ -199,3 +199,14 @@ def test_four_bit_layers_hold_half_a_byte_a_weight():
     stand_ins = [m for m in model.modules() if isinstance(m, FourBit)]
     assert sum(m.packed.nbytes for m in stand_ins) == linear // 2 and len(stand_ins) == 14
     assert type(model.lm_head) is nn.Linear
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("lora", [False, True])
+def test_the_short_trace_of_large_models_finds_the_same(checkpointing, lora):
+    peft = pytest.importorskip("peft")
+    model = MAKERS["llama"]()
+    if lora:
+        model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules="all-linear"))
+    work = job(model, checkpointing=checkpointing)
+    assert trace(work, 4, 32, is_short=True).peak_bytes == trace(work, 4, 32).peak_bytes

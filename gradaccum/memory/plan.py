@@ -19,13 +19,14 @@ from gradaccum.memory import choose
 from gradaccum.memory.cap import Cap, cap_of
 from gradaccum.memory.choose import Choice
 from gradaccum.memory.machine import GPU, Machine, measure
-from gradaccum.memory.predict import Envelope, Job, Operations, switch, trace
+from gradaccum.memory.predict import Envelope, Job, Operations, is_large, switch, trace
 from gradaccum.memory.probe import Probed, fitted, shapes, timed
 from gradaccum.memory.recipes import FourBit, MakeOptimizer, optimizer_of
-from gradaccum.memory.tracker import ACTIVATIONS, CATEGORIES, INPUTS, TEMPORARIES, Tracker
+from gradaccum.memory.tracker import ACTIVATIONS, AFTER, CATEGORIES, INPUTS, TEMPORARIES, Tracker
 from gradaccum.objective import Objective, causal_lm
 from gradaccum.types import GIB, Budget, counted
 
+CHECKPOINTED = 1.15  # times the work, at the least: 1.23 measured on a full model, more with LoRA
 MIDDLE = 0.6  # the part of the examples that are shorter than a row of middle length
 PASSING = (ACTIVATIONS, TEMPORARIES, INPUTS)
 SMALL = 2**30  # bytes of parameters, up to which a model is run to time it
@@ -219,15 +220,18 @@ class _Options:
         failed: BaseException | None = None
         sizes = [size for window in self._drawn for size in window]
         for setting in self._switches():
+            if self._is_slower(setting, found):
+                continue
             try:
-                forecast = Traced(self._with(setting), sizes, self._machine)
+                forecast = Traced(self._with(setting), sizes, self._machine, self._cap.num_bytes)
             except Exception as error:
                 if isinstance(error, BadInput) and setting.objective is not self._job.objective:
                     continue  # the head of this model cannot be chunked
                 failed = error
                 continue
             choices: list[Choice] = []
-            for budget in choose.budgets(sizes, self._size):
+            budgets = choose.budgets(sizes, self._size)
+            for budget in budgets[: 1 if forecast.is_hopeless else None]:
                 choice = choose.weigh(budget, self._drawn, forecast)
                 if not choices or dataclasses.replace(choices[-1], budget=budget) != choice:
                     choices.append(choice)
@@ -235,9 +239,6 @@ class _Options:
                 option = self._option(choice, setting, forecast)
                 self._settings[id(option)], self._choices[id(option)] = setting, choice
                 found.append(option)
-            best = choose.best(choices, self._cap.num_bytes)
-            if best and best.seconds <= choose.AS_FAST * min(c.seconds for c in choices):
-                break  # what computes more cannot be faster than the fastest of this
         if not found:
             assert failed is not None, "one setting is tried at least"
             raise BadInput(
@@ -251,6 +252,18 @@ class _Options:
             )
         return found
 
+    def _is_slower(self, setting: Setting, found: list[Option]) -> bool:
+        """Tell whether a setting, which computes more, is slower than what has been found to fit.
+
+        It is no faster than the fastest so far were, if all of these fitted.
+        """
+        fitting = [option.seconds for option in found if option.fits]
+        if not fitting:
+            return False
+        least = min(option.seconds for option in found)
+        more = CHECKPOINTED if setting.checkpointing and not found[0].checkpointing else 1.0
+        return min(fitting) <= choose.AS_FAST * more * least
+
     def confirmed(self, options: list[Option]) -> Option:
         """Choose, and trace the very micro-batch that takes most; choose again if that is more."""
         left = [option for option in options if option.fits]
@@ -260,7 +273,13 @@ class _Options:
             option = left[next(i for i, choice in enumerate(choices) if choice is best)]
             setting = self._settings[id(option)]
             num_micros = 1 if option.num_micros == 1 else 2
-            traced = trace(self._with(setting), option.rows, option.length, num_micros=num_micros)
+            traced = trace(
+                self._with(setting),
+                option.rows,
+                option.length,
+                num_micros=num_micros,
+                is_short=num_micros == 2 and is_large(self._job.model),
+            )
             if traced.peak_bytes <= self._cap.num_bytes:
                 return dataclasses.replace(
                     option, peak_bytes=traced.peak_bytes, categories=dict(traced.peak)
@@ -320,16 +339,24 @@ class Traced:
         job: What one step is.
         lengths: Of the examples.
         machine: Whose time is told.
+        cap_bytes: If one row of a large model takes more, nothing else is traced.
     """
 
-    def __init__(self, job: Job, lengths: Sequence[int], machine: Machine) -> None:
+    def __init__(self, job: Job, lengths: Sequence[int], machine: Machine, cap_bytes: int) -> None:
         ordered = sorted(lengths)
         longest, middle = ordered[-1], ordered[int(MIDDLE * len(ordered))]
         kinds = [middle, longest] if 2 * middle < longest else [longest]
-        self._envelopes = [Envelope(job, length) for length in kinds]
-        self._alone = Operations(job, 1, longest) if job.padded else None
+        is_first = job.padded or is_large(job.model)
+        self._alone = Operations(job, 1, longest) if is_first else None
+        most = sum(self._alone.categories().values()) if self._alone is not None else 0
+        self.is_hopeless = is_large(job.model) and most > cap_bytes
+        one = None if job.padded else self._alone
+        self._envelopes = (
+            [] if self.is_hopeless else [Envelope(job, length, one) for length in kinds]
+        )
         self._longest = longest
-        self.seconds_after = self._envelopes[0].seconds_after(machine)
+        after = self._envelopes[0].after if self._alone is None else self._alone.costs(AFTER)
+        self.seconds_after = machine.seconds(*after)
         self._seconds = functools.cache(lambda of, rows: of.seconds(rows, machine))
         self._peak = functools.cache(lambda of, rows: of.peak_bytes(rows))
         self._probed = _probed(job, lengths) if machine.is_here and _is_small(job.model) else None

@@ -116,8 +116,7 @@ def trace(
         length: Tokens of each row.
         num_micros: 2, of which the second finds gradients; 1 if there is no more in a step.
         is_short: The first of two leaves gradients of all trained parameters without a forward:
-            half the time. Too much where the loss does not use some; too little by what a model
-            keeps of the micro-batch before (adapters with checkpointing keep the embedding).
+            half the time, and too much where the loss does not use some.
         record: As of `Tracker`.
 
     Raises:
@@ -125,7 +124,7 @@ def trace(
     """
     tracker = Tracker(record=record, as_cuda=job.as_cuda)
     window = job.window(rows, length, num_micros)
-    with faking(padded=job.padded and rows > 1) as mode:
+    with faking(job.model, padded=job.padded and rows > 1) as mode:
         same = functools.cache(functools.partial(fake_like, mode=mode))  # one for each tensor
         inputs = map_leaves(window.inputs, same)
         model = twin_of(job.model, mode).train()
@@ -135,14 +134,36 @@ def trace(
             p.grad = torch.zeros_like(p)
         optimizer.step()  # its first, which makes its state; there are no values to change
         optimizer.zero_grad()
-        losses = (_touch, *window.losses[1:]) if is_short else window.losses
+        kept = _kept(model, rows, length)
+        losses = (_touching(kept), *window.losses[1:]) if is_short else window.losses
         window = dataclasses.replace(window, inputs=inputs, losses=losses)
         run_step(job, model, optimizer, window, tracker)
     return tracker
 
 
-def _touch(model: nn.Module, _: Any) -> Tensor:
-    return torch.stack([p.sum().float() for p in _trained(model)]).sum()
+def _touching(kept: Callable[[], Any]) -> Callable[[nn.Module, Any], Tensor]:
+    """Return a loss that uses every trained parameter and runs nothing else."""
+    alive = []
+
+    def loss(model: nn.Module, _: Any) -> Tensor:
+        alive.append(kept())
+        return torch.stack([p.sum().float() for p in _trained(model)]).sum()
+
+    return loss
+
+
+def _kept(model: Any, rows: int, length: int) -> Callable[[], Any]:
+    """Return what makes that which a model keeps of a micro-batch while the next one runs.
+
+    With adapters and checkpointing, transformers makes the embedding's output a leaf
+    (`enable_input_require_grads`), which stays, with its gradient, until there is another.
+    """
+    is_hooked = any(getattr(m, "_require_grads_hook", None) is not None for m in model.modules())
+    weight = model.get_input_embeddings().weight if is_hooked else None
+    if weight is None or weight.requires_grad:
+        return list
+    shape = (rows, length, weight.shape[-1])
+    return lambda: [torch.empty(shape, dtype=weight.dtype) for _ in range(2)]
 
 
 def switch(model: Any, on: bool | None) -> None:
@@ -159,7 +180,7 @@ def switch(model: Any, on: bool | None) -> None:
             model.gradient_checkpointing_disable()
 
 
-def _is_large(model: nn.Module) -> bool:
+def is_large(model: nn.Module) -> bool:
     return sum(p.numel() for p in model.parameters()) > LARGE
 
 
@@ -176,16 +197,18 @@ class Envelope:
     Args:
         job: What one step is.
         length: Tokens of each row.
+        one_row: The trace of one row, where there is one: it then takes the place of another.
     """
 
-    def __init__(self, job: Job, length: int) -> None:
+    def __init__(self, job: Job, length: int, one_row: "Operations | None" = None) -> None:
         self.length = length
         chunk = job.objective.chunk
         one = max(2, -(-(chunk or 0) // length))  # rows of one chunk
         rows = {2, 3} if chunk is None else {2, one, 2 * one}
-        if chunk is not None and _is_large(job.model) and one > 2:
-            rows -= {2}
-        self._known = [Operations(job, num, length) for num in sorted(rows)]
+        if one_row is not None:
+            rows = {3} if chunk is None else {2 * one}
+        traced = [Operations(job, num, length) for num in sorted(rows)]
+        self._known = traced if one_row is None else [one_row, *traced]
         self.is_exact = chunk is None and torch.equal(self._known[0].part, self._known[1].part)
 
     def categories(self, rows: float) -> dict[str, int]:
@@ -212,12 +235,14 @@ class Envelope:
         if not self.is_exact:
             return self._between(rows, lambda t: torch.tensor(machine.seconds(*t.costs(1)))).item()
         flops, moved, num = self._costs
-        share = torch.tensor([3 - rows, rows - 2], dtype=torch.float64)
+        low, high = (traced.rows for traced in self._known)
+        share = torch.tensor([high - rows, rows - low], dtype=torch.float64) / (high - low)
         return machine.seconds(flops @ share, moved @ share, num)
 
-    def seconds_after(self, machine: Machine) -> float:
-        """Return the time of the optimizer's step."""
-        return machine.seconds(*self._known[0].costs(AFTER))
+    @property
+    def after(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return FLOPs, bytes moved and number of the operations of the optimizer's step."""
+        return self._known[0].costs(AFTER)
 
     @functools.cached_property
     def _costs(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -241,7 +266,7 @@ class Operations:
 
     def __init__(self, job: Job, rows: int, length: int) -> None:
         self.rows = rows
-        is_short = _is_large(job.model)
+        is_short = is_large(job.model)
         ops: list[Op] = trace(job, rows, length, is_short=is_short, record=True).ops
         part, *others = (torch.tensor(column) for column in zip(*ops, strict=True))
         self.part = part

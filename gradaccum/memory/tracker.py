@@ -9,7 +9,7 @@ moves, so that a step of another size can be derived.
 import functools
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -111,7 +111,7 @@ class Tracker(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         outputs = func(*args, **kwargs)
-        self._add_all(tree_leaves(outputs), self._phase(), first=True)
+        self._add_all(_tensors((outputs,)), self._phase(), first=True)
         scratch = _scratch_bytes(func, args) if self._as_cuda else 0
         self._hold(TEMPORARIES, scratch)
         self._note_peak()
@@ -203,6 +203,15 @@ class _after_accumulation:
         self._handle.remove()
 
 
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    """Yield the tensors among arguments or results; operations nest them in lists and tuples."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (tuple, list)):
+            yield from _tensors(value)
+
+
 def _costs(func: Any, args: Any, kwargs: Any, outputs: Any) -> tuple[int, int]:
     """Return what an operation computes and moves: FLOPs, bytes."""
     if _is_view(func):
@@ -211,8 +220,8 @@ def _costs(func: Any, args: Any, kwargs: Any, outputs: Any) -> tuple[int, int]:
     flops = formula(*args, **kwargs, out_val=outputs) if formula is not None else 0
     moved = sum(
         leaf.numel() * leaf.element_size()
-        for leaf in tree_leaves((args, kwargs, outputs))
-        if isinstance(leaf, Tensor) and leaf.layout is torch.strided
+        for leaf in _tensors((args, tuple(kwargs.values()), outputs))
+        if leaf.layout is torch.strided
     )
     return flops, moved
 

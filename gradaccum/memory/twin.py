@@ -43,16 +43,19 @@ def fake_like(tensor: Any, mode: FakeTensorMode) -> Any:
 
 
 @contextmanager
-def faking(*, padded: bool) -> Iterator[FakeTensorMode]:
+def faking(model: nn.Module, *, padded: bool) -> Iterator[FakeTensorMode]:
     """Yield the mode in which a twin runs.
 
     Args:
+        model: Whose twin it will be.
         padded: Whether batches have padding; without it models are given no mask.
     """
     if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None:
         raise RuntimeError("a FakeTensorMode is active already, and nested ones count wrongly")
     packing = nullcontext() if padded else _without_packing()
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode, packing, _GroupedInAnyDtype():
+    has_experts = any("expert" in type(m).__name__.lower() for m in model.modules())
+    grouping = _GroupedInAnyDtype() if has_experts else nullcontext()
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, packing, grouping:
         yield mode
 
 
