@@ -37,19 +37,26 @@ PAGE = """\
 # Plans for a Llama of 8 billion parameters
 
 Made on two CPU cores without weights and without a GPU, by `{command}`:
-`gradaccum plan --effective_batch_size 64 --max_length 2048 --device cuda --memory ...` with the flags of
-each row. Times are relative to the fastest option that fits; peaks are what tensors take, with the backward
-of flash attention and blocks of 512 bytes, and fit beside context, workspace and fragments (assumed, see
-[guides/memory.md](guides/memory.md)).
+`gradaccum plan --effective_batch_size 64 --max_length 2048 --device cuda --memory ...` with the
+flags of each row. Times are relative to the fastest option that fits; peaks are what tensors take,
+with the backward of flash attention and blocks of 512 bytes, and fit beside context, workspace and
+fragments (assumed, see [guides/memory.md](guides/memory.md)).
 
-| run | memory | chosen micro-batch | steps | checkpointing | peak GiB | parameters | gradients | optimizer | activations | planned in | with |
-|---|---|---|---|---|---|---|---|---|---|---|---|
+{heads}
 {rows}
 
-The options of each, by memory and time:
+The options of each, by memory and time. A setting of which one row is too much has no more than
+that; checkpointing is not looked at where it cannot be faster.
 
 {options}
 """
+HEADS = ["run", "memory", "chosen micro-batch", "steps", "checkpointing", "peak GiB", "parameters",
+         "gradients", "optimizer", "activations", "planned in", "with"]  # fmt: skip
+OPTIONS = ["micro-batch", "accumulation steps", "checkpointing", "peak GiB", "time", "fits"]
+
+
+def head(names: list[str]) -> str:
+    return f"| {' | '.join(names)} |\n|{'---|' * len(names)}"
 
 
 def planned(folder: str, flags: list[str], memory: str) -> dict[str, Any]:
@@ -82,8 +89,7 @@ def row(name: str, memory: str, found: dict[str, Any]) -> str:
 
 def options(name: str, found: dict[str, Any]) -> str:
     fitting = [o["seconds"] for o in found["options"] if o["fits"]]
-    lines = [f"**{name}**", "", "| micro-batch | accumulation steps | checkpointing | peak GiB | time | fits |",
-             "|---|---|---|---|---|---|"]  # fmt: skip
+    lines = [f"**{name}**", "", head(OPTIONS)]
     for o in found["options"]:
         if o["rows"] in (1, 2, 4, 8, 16, 64) or o["budget"] == found["chosen"]["budget"]:
             lines.append(
@@ -110,7 +116,9 @@ def main() -> None:
     if args.page:
         rows = "\n".join(row(name, RUNS[name][1], plan) for name, plan in found.items())
         tables = "\n\n".join(options(name, plan) for name, plan in found.items())
-        text = PAGE.format(command="python benchmarks/plans.py", rows=rows, options=tables)
+        text = PAGE.format(
+            command="python benchmarks/plans.py", heads=head(HEADS), rows=rows, options=tables
+        )
         Path(args.page).write_text(text)
     publish({"plans": found}, args.out, hf)
 

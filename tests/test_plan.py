@@ -13,7 +13,7 @@ from gradaccum.errors import BadInput, DoesNotFit
 from gradaccum.memory import auto, choose
 from gradaccum.memory.cap import cap_of
 from gradaccum.memory.predict import Job, trace
-from gradaccum.memory.probe import Probed, fitted, probe
+from gradaccum.memory.probe import Probed, _fitted, probe
 from gradaccum.memory.recipes import optimizer_of
 from gradaccum.types import GIB, Budget
 from tests import models, oracle
@@ -105,9 +105,9 @@ def test_the_worst_window_is_among_those_looked_at():
 def test_three_probes_give_time_and_memory_back():
     shapes = [(1, 10), (8, 100), (1, 400)]
     found = {s: 5 + 2 * s[0] * s[1] + 0.5 * s[0] * s[1] ** 2 for s in shapes}
-    assert fitted(found) == pytest.approx((5, 2, 0.5))
-    assert min(fitted({(1, 10): 3.0, (8, 100): 2.0, (1, 400): 1.0})) >= 0
-    assert fitted({}) == (0, 0, 0)
+    assert _fitted(found) == pytest.approx((5, 2, 0.5))
+    assert min(_fitted({(1, 10): 3.0, (8, 100): 2.0, (1, 400): 1.0})) >= 0
+    assert _fitted({}) == (0, 0, 0)
 
 
 def test_probing_leaves_no_trace():
@@ -270,11 +270,15 @@ def test_what_cannot_be_planned_is_said():
             self.inner = llama()
 
         def forward(self, input_ids, **_):
-            return self.inner(input_ids) if input_ids.sum().item() > 3 else None
+            return self.inner(input_ids) if input_ids.sum().item() >= 0 else None
 
+    model = Looks()
+    found = gradaccum.plan(model, effective_batch=4, lengths=16, memory="1GiB", optimizer="sgd")
+    assert "measured on three" in found.assumptions[-1] and found.chosen.fits
+    assert all(p.grad is None for p in model.parameters())
     with pytest.raises(BadInput, match="Looks cannot be traced") as caught:
-        gradaccum.plan(Looks(), effective_batch=4, lengths=16, memory="1GiB")
-    assert "auto" in str(caught.value)
+        gradaccum.plan(model.to("meta"), effective_batch=4, lengths=16, memory="1GiB")
+    assert "with its weights" in str(caught.value)
 
 
 @pytest.fixture

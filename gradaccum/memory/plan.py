@@ -12,18 +12,30 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from gradaccum.batch import Collate, as_batch
 from gradaccum.errors import BadInput, DoesNotFit
+from gradaccum.measured import quiet
 from gradaccum.memory import choose
 from gradaccum.memory.cap import Cap, cap_of
 from gradaccum.memory.choose import Choice
 from gradaccum.memory.machine import GPU, Machine, measure
 from gradaccum.memory.predict import Envelope, Job, Operations, is_large, switch, trace
-from gradaccum.memory.probe import Probed, fitted, shapes, timed
+from gradaccum.memory.probe import Probed, shapes
+from gradaccum.memory.probe import measure as measure_probes
 from gradaccum.memory.recipes import FourBit, MakeOptimizer, optimizer_of
-from gradaccum.memory.tracker import ACTIVATIONS, AFTER, CATEGORIES, INPUTS, TEMPORARIES, Tracker
+from gradaccum.memory.tracker import (
+    ACTIVATIONS,
+    AFTER,
+    CATEGORIES,
+    INPUTS,
+    STATE,
+    TEMPORARIES,
+    Tracker,
+)
 from gradaccum.objective import Objective, causal_lm
+from gradaccum.optimizers import materialize
 from gradaccum.types import GIB, Budget, counted
 
 CHECKPOINTED = 1.15  # times the work, at the least: 1.23 measured on a full model, more with LoRA
@@ -212,6 +224,8 @@ class _Options:
         self._cap, self._machine, self._wanted = cap, machine, checkpointing
         self.notes: list[str] = []
         self._settings: dict[int, Setting] = {}
+        self._untraced: set[Setting] = set()
+        self._has_values = not any(p.is_meta for p in job.model.parameters())
         self._choices: dict[int, Choice] = {}
 
     def all(self) -> list[Option]:
@@ -228,7 +242,10 @@ class _Options:
                 if isinstance(error, BadInput) and setting.objective is not self._job.objective:
                     continue  # the head of this model cannot be chunked
                 failed = error
-                continue
+                if not self._has_values:
+                    continue
+                forecast = Measured(self._with(setting), sizes)
+                self._untraced.add(setting)
             choices: list[Choice] = []
             budgets = choose.budgets(sizes, self._size)
             for budget in budgets[: 1 if forecast.is_hopeless else None]:
@@ -243,12 +260,13 @@ class _Options:
             assert failed is not None, "one setting is tried at least"
             raise BadInput(
                 f"{type(self._job.model).__name__} cannot be traced without its values: "
-                f"{str(failed).splitlines()[0][:200] or type(failed).__name__}",
-                hint='budget="auto" measures on the device instead, at the first batch',
+                f"{_first_line(failed)}",
+                hint="give the model with its weights: it is then measured, as budget='auto' does",
             ) from failed
         if failed is not None:
             self.notes.append(
-                f"some settings could not be traced: {str(failed).splitlines()[0][:120]}"
+                "what could not be traced without values was measured on three short micro-batches "
+                f"if there are weights, else left out: {_first_line(failed)}"
             )
         return found
 
@@ -272,6 +290,8 @@ class _Options:
             best = choose.best(choices, self._cap.num_bytes)
             option = left[next(i for i, choice in enumerate(choices) if choice is best)]
             setting = self._settings[id(option)]
+            if setting in self._untraced:
+                return option
             num_micros = 1 if option.num_micros == 1 else 2
             traced = trace(
                 self._with(setting),
@@ -313,7 +333,7 @@ class _Options:
             self._job, objective=setting.objective, checkpointing=setting.checkpointing
         )
 
-    def _option(self, choice: Choice, setting: Setting, forecast: "Traced") -> Option:
+    def _option(self, choice: Choice, setting: Setting, forecast: "Traced | Measured") -> Option:
         return Option(
             choice.budget,
             choice.rows,
@@ -396,11 +416,38 @@ def _is_small(model: nn.Module) -> bool:
     return held < SMALL and not any(isinstance(m, FourBit) for m in model.modules())
 
 
+class Measured:
+    """Forecast from three short micro-batches, where a model cannot be traced.
+
+    Args:
+        job: What one step is; its model has values.
+        lengths: Of the examples.
+    """
+
+    seconds_after, is_hopeless = 0.0, False
+
+    def __init__(self, job: Job, lengths: Sequence[int]) -> None:
+        self._probed, model = _probed(job, lengths), copy.deepcopy(job.model)
+        optimizer = job.optimizer([p for p in model.parameters() if p.requires_grad])
+        materialize(optimizer)
+        state = tree_leaves(list(optimizer.state.values()))
+        self._state = sum(t.nbytes for t in state if isinstance(t, torch.Tensor))
+        self.seconds = self._probed.seconds
+
+    def peak_bytes(self, rows: int, length: int) -> int:
+        """Return what a step with such micro-batches takes at its peak."""
+        return self._probed.peak_bytes(rows, length) + self._state
+
+    def categories(self, rows: int, length: int) -> dict[str, int]:
+        """Return the same; of what was measured it is not known what it was for."""
+        taken = self._probed.peak_bytes(rows, length)
+        return dict.fromkeys(CATEGORIES, 0) | {ACTIVATIONS: taken, STATE: self._state}
+
+
 def _probed(job: Job, lengths: Sequence[int]) -> Probed:
-    """Return the times of three short micro-batches, with random weights if there are none."""
+    """Return what three short micro-batches take, with random weights if there are none."""
     device = torch.device(_device_here())
     model = copy.deepcopy(job.model)
-    found = {}
     with torch.random.fork_rng():
         if next(model.parameters()).is_meta:
             model.to_empty(device=device)
@@ -410,11 +457,8 @@ def _probed(job: Job, lengths: Sequence[int]) -> Probed:
         model.to(device).train()
         switch(model, job.checkpointing)
         engine = job.accumulator(model, Tracker())
-        for shape in shapes(lengths, device):
-            inputs = job.inputs(*shape)
-            timed(engine, inputs, shape)  # to warm up
-            found[shape] = timed(engine, inputs, shape)
-    return Probed(fitted(found), (0.0, 0.0, 0.0))
+        given = {shape: functools.partial(job.inputs, *shape) for shape in shapes(lengths, device)}
+        return measure_probes(engine, given, device, quiet)[0]
 
 
 def _inputs(
@@ -490,6 +534,10 @@ def _device_here() -> str:
 def _listed(categories: dict[str, int]) -> str:
     parts = sorted(((categories.get(name, 0), name) for name in CATEGORIES), reverse=True)
     return ", ".join(f"{name} {_gib(num)}" for num, name in parts[:3] if num)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0][:160]
 
 
 def _gib(num_bytes: float) -> str:

@@ -10,9 +10,10 @@ Nothing of it belongs to the training: gradients are dropped, random state and b
 
 import copy
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -70,17 +71,35 @@ def probe(
     engine = copy.copy(accumulator)
     engine.objective, engine.limit = unweighted(accumulator.objective), None
     engine._after_micro = None
+    chosen = _chosen(sizes, TOKENS.get(device.type, OTHER_TOKENS))
+    given = {(len(rows), max(sizes[i] for i in rows)): partial(host.take, rows) for rows in chosen}
+    return measure(engine, given, device, aside)
+
+
+def measure(
+    engine: Accumulator,
+    given: Mapping[Shape, Callable[[], Any]],
+    device: torch.device,
+    aside: Callable[..., AbstractContextManager[None]],
+) -> tuple[Probed, int]:
+    """Run micro-batches for their memory, then for their time; return what they tell, and how many.
+
+    Args:
+        engine: Its objective counts nothing.
+        given: What makes the inputs of each, by rows and tokens of a row.
+        device: Of the model.
+        aside: As of `probe`.
+    """
     seconds: dict[Shape, float] = {}
     peaks: dict[Shape, float] = {}
-    for rows in _chosen(sizes, TOKENS.get(device.type, OTHER_TOKENS)):
-        shape = len(rows), max(sizes[i] for i in rows)
+    for shape, make in given.items():
         with suppressing_out_of_memory(), aside(engine.model, dropout=True):
-            inputs = host.take(rows)
+            inputs = make()
             peaks[shape] = _peak(engine, _repeated(engine, inputs, shape, 2), device)
-            seconds[shape] = timed(engine, inputs, shape)
+            seconds[shape] = _timed(engine, inputs, shape)
         _clear(engine.model)
     release(device)
-    return Probed(fitted(seconds), fitted(peaks)), len(seconds)
+    return Probed(_fitted(seconds), _fitted(peaks)), len(seconds)
 
 
 def shapes(sizes: Sequence[int], device: torch.device) -> list[Shape]:
@@ -89,7 +108,7 @@ def shapes(sizes: Sequence[int], device: torch.device) -> list[Shape]:
     return [(len(rows), max(sizes[i] for i in rows)) for rows in chosen]
 
 
-def timed(engine: Accumulator, inputs: Any, shape: Shape) -> float:
+def _timed(engine: Accumulator, inputs: Any, shape: Shape) -> float:
     """Return the seconds of one micro-batch that has run before; of short ones the faster of two.
 
     Args:
@@ -166,7 +185,7 @@ def _at(coefficients: Sequence[float], shape: Shape) -> float:
     return sum(c * x for c, x in zip(coefficients, _features(shape), strict=True))
 
 
-def fitted(found: dict[Shape, float]) -> tuple[float, float, float]:
+def _fitted(found: dict[Shape, float]) -> tuple[float, float, float]:
     """Return the coefficients, none below zero, that come closest to what was found."""
     if not found:
         return 0.0, 0.0, 0.0
