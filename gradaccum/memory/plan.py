@@ -174,9 +174,9 @@ def plan(
         >>> from transformers import LlamaConfig  # doctest: +SKIP
         >>> print(plan(LlamaConfig(), effective_batch=64, memory="24GiB"))  # doctest: +SKIP
     """
-    for name, value in (("effective_batch", effective_batch),):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise BadInput(f"{name}={value!r} is not a whole number of at least 1")
+    is_whole = isinstance(effective_batch, int) and not isinstance(effective_batch, bool)
+    if not is_whole or effective_batch < 1:
+        raise BadInput(f"effective_batch={effective_batch!r} is not a whole number of at least 1")
     place = torch.device(device or _device_here())
     if place.type not in ("cpu", "cuda"):
         raise BadInput(f"device={device!r} is neither cpu nor cuda")
@@ -446,7 +446,7 @@ class Measured:
 
 def _probed(job: Job, lengths: Sequence[int]) -> Probed:
     """Return what three short micro-batches take, with random weights if there are none."""
-    device = torch.device(_device_here())
+    device = torch.device("cuda" if job.as_cuda else "cpu")
     model = copy.deepcopy(job.model)
     with torch.random.fork_rng():
         if next(model.parameters()).is_meta:

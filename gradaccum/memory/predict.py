@@ -70,7 +70,7 @@ class Job:
         own = unweighted(self.objective)
 
         def loss(model: nn.Module, micro: Any) -> Tensor:
-            with self._casting():
+            with self._casting(next(model.parameters()).device.type):
                 return own.loss(model, micro)
 
         def after(_: Any) -> None:
@@ -79,10 +79,10 @@ class Job:
         plain = dataclasses.replace(own, loss=loss, size=lambda _: 1)
         return Accumulator(model, plain, budget=Budget(examples=1), after_micro=after)
 
-    def _casting(self) -> AbstractContextManager[Any]:
+    def _casting(self, device: str) -> AbstractContextManager[Any]:
         if self.autocast is None:
             return nullcontext()
-        return torch.autocast("cpu", self.autocast)
+        return torch.autocast(device, self.autocast)
 
 
 def run_step(
