@@ -201,7 +201,7 @@ def test_a_plan_is_what_a_trace_of_it_takes():
 
 
 def test_less_memory_takes_checkpointing_or_chunks_and_in_the_end_nothing_fits(monkeypatch):
-    monkeypatch.setattr("gradaccum.memory.plan.SMALL", 0)  # times by what operations take
+    monkeypatch.setattr("gradaccum.memory.forecast.SMALL", 0)  # times by what operations take
     wide = gradaccum.plan(CONFIG, effective_batch=8, lengths=2048, memory="2GiB")
     assert not wide.chosen.checkpointing and wide.chosen.chunk is None
     options = {(o.checkpointing, o.chunk) for o in wide.options}

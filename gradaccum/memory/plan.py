@@ -3,7 +3,6 @@
 No weights and no device are needed: a step is traced on a twin of the model that holds no data.
 """
 
-import copy
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
@@ -12,36 +11,23 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves
 
 from gradaccum.batch import Collate, as_batch
 from gradaccum.errors import BadInput, DoesNotFit
-from gradaccum.measured import quiet
 from gradaccum.memory import choose
 from gradaccum.memory.cap import Cap, cap_of
 from gradaccum.memory.choose import Choice
+from gradaccum.memory.forecast import Measured, Traced
 from gradaccum.memory.machine import GPU, Machine, measure
-from gradaccum.memory.predict import Envelope, Job, Operations, is_large, switch, trace
-from gradaccum.memory.probe import Probed, shapes
-from gradaccum.memory.probe import measure as measure_probes
-from gradaccum.memory.recipes import FourBit, MakeOptimizer, optimizer_of
+from gradaccum.memory.predict import Job, is_large, trace
+from gradaccum.memory.recipes import MakeOptimizer, optimizer_of
 from gradaccum.memory.tracker import (
-    ACTIVATIONS,
-    AFTER,
     CATEGORIES,
-    INPUTS,
-    STATE,
-    TEMPORARIES,
-    Tracker,
 )
 from gradaccum.objective import Objective, causal_lm
-from gradaccum.optimizers import materialize
 from gradaccum.types import GIB, Budget, counted
 
 CHECKPOINTED = 1.15  # times the work, at the least: 1.23 measured on a full model, more with LoRA
-MIDDLE = 0.6  # the part of the examples that are shorter than a row of middle length
-PASSING = (ACTIVATIONS, TEMPORARIES, INPUTS)
-SMALL = 2**30  # bytes of parameters, up to which a model is run to time it
 LENGTH = 1024  # tokens of each example where nothing else is said, as TRL's max_length
 
 
@@ -167,7 +153,7 @@ def plan(
         assumptions: What the caller has taken for granted, to be told with the plan.
 
     Raises:
-        BadInput: An argument is wrong; the model cannot be traced.
+        BadInput: An argument is wrong; the model cannot be traced and has no weights to measure.
         DoesNotFit: Nothing does; the numbers are told.
 
     Example:
@@ -346,119 +332,6 @@ class _Options:
             choice.seconds + forecast.seconds_after,
             choice.peak_bytes <= self._cap.num_bytes,
         )
-
-
-class Traced:
-    """Forecast from traces of the longest rows, of rows of middle length, and of one row alone.
-
-    Shorter rows count by their tokens, as rows of the next longer trace: a little too much. One
-    row alone has no padding, and with it no mask. The time of a small model on the machine at hand
-    is measured instead.
-
-    Args:
-        job: What one step is.
-        lengths: Of the examples.
-        machine: Whose time is told.
-        cap_bytes: If one row of a large model takes more, nothing else is traced.
-    """
-
-    def __init__(self, job: Job, lengths: Sequence[int], machine: Machine, cap_bytes: int) -> None:
-        ordered = sorted(lengths)
-        longest, middle = ordered[-1], ordered[int(MIDDLE * len(ordered))]
-        kinds = [middle, longest] if 2 * middle < longest else [longest]
-        is_first = job.padded or is_large(job.model)
-        self._alone = Operations(job, 1, longest) if is_first else None
-        most = sum(self._alone.categories().values()) if self._alone is not None else 0
-        self.is_hopeless = is_large(job.model) and most > cap_bytes
-        one = None if job.padded else self._alone
-        self._envelopes = (
-            [] if self.is_hopeless else [Envelope(job, length, one) for length in kinds]
-        )
-        self._longest = longest
-        after = self._envelopes[0].after if self._alone is None else self._alone.costs(AFTER)
-        self.seconds_after = machine.seconds(*after)
-        self._seconds = functools.cache(lambda of, rows: of.seconds(rows, machine))
-        self._peak = functools.cache(lambda of, rows: of.peak_bytes(rows))
-        self._probed = _probed(job, lengths) if machine.is_here and _is_small(job.model) else None
-        if self._alone is not None:
-            self._seconds_alone = machine.seconds(*self._alone.costs(1))
-
-    def seconds(self, rows: int, length: int) -> float:
-        """Return the time of a micro-batch, forward and backward."""
-        if self._probed is not None:
-            return self._probed.seconds(rows, length)
-        if rows == 1 and self._alone is not None:
-            return self._seconds_alone * length / self._longest
-        return self._seconds(*self._beside(rows, length))
-
-    def peak_bytes(self, rows: int, length: int) -> int:
-        """Return what a step with such micro-batches takes at its peak."""
-        if rows == 1 and self._alone is not None:
-            return sum(self.categories(rows, length).values())
-        return self._peak(*self._beside(rows, length))
-
-    def categories(self, rows: int, length: int) -> dict[str, int]:
-        """Return the same by category."""
-        if rows > 1 or self._alone is None:
-            envelope, share = self._beside(rows, length)
-            return envelope.categories(share)
-        found = self._alone.categories()
-        return found | {name: found[name] * length // self._longest for name in PASSING}
-
-    def _beside(self, rows: int, length: int) -> tuple[Envelope, float]:
-        envelope = next(e for e in self._envelopes if e.length >= length)
-        return envelope, rows * length / envelope.length
-
-
-def _is_small(model: nn.Module) -> bool:
-    """Tell whether the model can be made here with random weights and run a few times."""
-    held = sum(p.numel() * p.element_size() for p in model.parameters())
-    return held < SMALL and not any(isinstance(m, FourBit) for m in model.modules())
-
-
-class Measured:
-    """Forecast from three short micro-batches, where a model cannot be traced.
-
-    Args:
-        job: What one step is; its model has values.
-        lengths: Of the examples.
-    """
-
-    seconds_after, is_hopeless = 0.0, False
-
-    def __init__(self, job: Job, lengths: Sequence[int]) -> None:
-        self._probed, model = _probed(job, lengths), copy.deepcopy(job.model)
-        optimizer = job.optimizer([p for p in model.parameters() if p.requires_grad])
-        materialize(optimizer)
-        state = tree_leaves(list(optimizer.state.values()))
-        self._state = sum(t.nbytes for t in state if isinstance(t, torch.Tensor))
-        self.seconds = self._probed.seconds
-
-    def peak_bytes(self, rows: int, length: int) -> int:
-        """Return what a step with such micro-batches takes at its peak."""
-        return self._probed.peak_bytes(rows, length) + self._state
-
-    def categories(self, rows: int, length: int) -> dict[str, int]:
-        """Return the same; of what was measured it is not known what it was for."""
-        taken = self._probed.peak_bytes(rows, length)
-        return dict.fromkeys(CATEGORIES, 0) | {ACTIVATIONS: taken, STATE: self._state}
-
-
-def _probed(job: Job, lengths: Sequence[int]) -> Probed:
-    """Return what three short micro-batches take, with random weights if there are none."""
-    device = torch.device("cuda" if job.as_cuda else "cpu")
-    model = copy.deepcopy(job.model)
-    with torch.random.fork_rng():
-        if next(model.parameters()).is_meta:
-            model.to_empty(device=device)
-            with torch.no_grad():
-                for t in (*model.parameters(), *model.buffers()):
-                    t.normal_(0, 0.02) if t.is_floating_point() else t.zero_()
-        model.to(device).train()
-        switch(model, job.checkpointing)
-        engine = job.accumulator(model, Tracker())
-        given = {shape: functools.partial(job.inputs, *shape) for shape in shapes(lengths, device)}
-        return measure_probes(engine, given, device, quiet)[0]
 
 
 def _inputs(
