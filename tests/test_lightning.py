@@ -125,14 +125,17 @@ def same_logs(ours, full, tolerance=1e-12):
 
 
 @pytest.mark.parametrize("collate", [models.collated, list], ids=["collated", "examples"])
-@pytest.mark.parametrize("weight", ["shifted_tokens", None])
-def test_a_run_is_the_run_of_whole_batches(tmp_path, collate, weight):
+@pytest.mark.parametrize(
+    ("weight", "budget"), [("shifted_tokens", BUDGET), (None, BUDGET), (None, "auto")]
+)
+def test_a_run_is_the_run_of_whole_batches(tmp_path, collate, weight, budget):
     full = Module()
     expected = fit(tmp_path, full, val=loader(), gradient_clip_val=0.5)
-    ours = attach(Module(), budget=BUDGET, collate=models.collated, weight=weight)
+    ours = attach(Module(), budget=budget, collate=models.collated, weight=weight)
     found = fit(tmp_path, ours, loader(collate=collate), loader(), gradient_clip_val=0.5)
     assert type(ours).__name__ == "Module" and isinstance(ours, Module)
-    assert ours.accumulation.last.num_micros > 1
+    assert ours.accumulation.last.num_micros > 1 or budget == "auto"
+    assert ours.accumulation.accumulator.found is None or budget == "auto"
     assert ours.accumulation.last.num_examples == len(LENGTHS) % BATCH
     same(ours, full)
     same_logs(found.logger, expected.logger)

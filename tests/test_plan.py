@@ -149,6 +149,26 @@ def test_memory_that_is_stated_bounds_what_is_found():
     assert accumulator.found.cap.stated_bytes == GIB
 
 
+@pytest.mark.parametrize(("memory", "expected"), [("1GiB", False), ("20MiB", True)])
+def test_checkpointing_is_chosen_where_memory_costs_speed(monkeypatch, tmp_path, memory, expected):
+    """Many rows at once are fast and large; with checkpointing slower, and small."""
+    model = llama()
+
+    def probed(accumulator, host, aside):
+        on = accumulator.model.is_gradient_checkpointing
+        return Probed((1.0, 1e-3 * (1.3 if on else 1), 0.0), (0.0, MIB / (8 if on else 1), 0.0)), 3
+
+    monkeypatch.setattr(auto, "probe", probed)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    accumulator = gradaccum.Accumulator(model, gradaccum.causal_lm(), budget=Budget(examples=1))
+    found = auto.find(accumulator, [], [10] * 8, 8, memory=memory, may_checkpoint=True)
+    assert found.checkpointing is model.is_gradient_checkpointing is expected
+    assert found.num_probes == (6 if expected else 3)
+    assert ("gradient checkpointing on" in str(found)) is expected
+    again = auto.find(accumulator, [], [10] * 8, 8, memory=memory, may_checkpoint=True)
+    assert (again.budget, again.checkpointing, again.num_probes) == (found.budget, expected, 0)
+
+
 def test_batch_norm_takes_the_whole_batch():
     model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
     objective = gradaccum.from_mean(lambda m, x: m(x).square().mean(), weight="rows")

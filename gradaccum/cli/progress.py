@@ -235,6 +235,7 @@ def _figures(step: Step, seconds: float) -> dict[str, Any]:
         "weight": step.weight,
         "num_examples": step.num_examples,
         "num_micros": step.num_micros,
+        "num_recoveries": len(step.recoveries),
         "padded_tokens": step.padded,
         "useful_tokens": step.useful,
         "seconds": round(seconds, 4),

@@ -174,12 +174,15 @@ def _trainer(arguments: Arguments, output: Path) -> Any:
     training.disable_tqdm = True
     trainer.remove_callback(transformers.trainer_callback.ProgressCallback)
     trainer.remove_callback(transformers.trainer_callback.PrinterCallback)
-    return attach(
+    attach(
         trainer,
         effective_batch_size=arguments.effective_batch_size,
         budget=arguments.budget,
         memory=arguments.memory,
     )
+    attached: Any = trainer
+    attached.accumulation.may_checkpoint = "gradient_checkpointing" not in arguments.given
+    return attached
 
 
 def _dataset(arguments: Arguments, split_name: str) -> Any:

@@ -153,6 +153,7 @@ class Accumulation:
         self.cut = cut
         self.memory = memory
         self.found: Found | None = None
+        self.may_checkpoint = False  # whether gradient checkpointing is to be chosen as well
         self.begin()
 
     def begin(self) -> None:
@@ -199,7 +200,7 @@ class OptimizerStep(TrainerCallback):
         self._accumulation.is_stepping = False
 
 
-KEPT = ("effective_batch_size", "contract", "budget")
+KEPT = ("effective_batch_size", "contract", "budget", "checkpointing")
 
 
 class SameBatch(TrainerCallback, ExportableState):
@@ -213,6 +214,7 @@ class SameBatch(TrainerCallback, ExportableState):
         self.effective_batch_size: int | None = None  # not known before a run begins
         self.contract: dict[str, Any] | None = None
         self.budget: list[int | None] | None = None  # that was found: a resumed run cuts alike
+        self.checkpointing: bool | None = None  # that was chosen with it
 
     def state(self) -> dict[str, Any]:
         return {"args": {}, "attributes": {name: getattr(self, name) for name in KEPT}}
@@ -240,6 +242,7 @@ class SameBatch(TrainerCallback, ExportableState):
         saved = entry["attributes"]["effective_batch_size"]
         self.contract = entry["attributes"].get("contract") if state.global_step else None
         self.budget = entry["attributes"].get("budget") if state.global_step else None
+        self.checkpointing = entry["attributes"].get("checkpointing")
         self.effective_batch_size = own
         kept[type(self).__name__] = self.state()
         if args.ignore_data_skip or not state.global_step:

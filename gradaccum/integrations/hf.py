@@ -46,6 +46,7 @@ from gradaccum.integrations.evaluation import Evaluated
 from gradaccum.integrations.refusals import refuse
 from gradaccum.measured import Measured
 from gradaccum.memory.auto import AUTO, check, find
+from gradaccum.memory.predict import switch
 from gradaccum.objective import length
 from gradaccum.state import undisturbed, without_dropout
 from gradaccum.types import Budget, Micro, Proof
@@ -203,6 +204,8 @@ class Attached(Evaluated):
         accumulation, kept = self.accumulation, self._kept()
         if kept.budget is not None:
             accumulation.cut.set(Budget(*kept.budget))
+            if accumulation.may_checkpoint:
+                switch(accumulator.model, kept.checkpointing)
             return
         sizes = lengths_of(self.train_dataset) or list(map(length, given.examples))
         found = accumulation.found = find(
@@ -213,8 +216,10 @@ class Attached(Evaluated):
             memory=accumulation.memory,
             aside=self._aside,
             name=f"{type(self).__name__} {getattr(self.args, 'loss_type', '')}",
+            may_checkpoint=accumulation.may_checkpoint,
         )
         accumulation.cut.set(found.budget)
+        kept.checkpointing = found.checkpointing
         kept.budget = [found.budget.tokens, found.budget.examples]
 
     def _kept(self) -> SameBatch:

@@ -14,7 +14,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from lightning.pytorch import LightningModule
@@ -25,10 +25,11 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from gradaccum.batch import Collate
-from gradaccum.engine import Accumulator, Window
+from gradaccum.engine import Window
 from gradaccum.errors import BadInput
 from gradaccum.integrations.lightning_logs import Logged, Metrics, joined, metrics_kept
 from gradaccum.measured import Measured, from_mean, quiet
+from gradaccum.memory.auto import AUTO, Accumulator
 from gradaccum.objective import Number, length
 from gradaccum.optimizers import materialize
 from gradaccum.types import Budget, Micro, Step
@@ -192,7 +193,8 @@ class Attached(LightningModule):
 def attach(
     module: T,
     *,
-    budget: Budget,
+    budget: Budget | Literal["auto"] = AUTO,
+    memory: str | float | None = None,
     collate: Collate | None = None,
     weight: str | Callable[[Any], Number] | None = None,
     size: Callable[[Any], int] = length,
@@ -204,7 +206,10 @@ def attach(
 
     Args:
         module: With automatic optimization; its `training_step` returns the loss.
-        budget: How large one micro-batch may be.
+        budget: How large one micro-batch may be; "auto": found by three short micro-batches of the
+            first batch, see `gradaccum.Accumulator`.
+        memory: What there is for "auto": "20GiB", bytes, or a fraction of the device; by default
+            what is available.
         collate: Turns a list of examples into a micro-batch, where the loader yields lists.
         weight: What the loss is a mean over, as in `from_mean`; None: it is measured.
         size: Maps one example to its cost in memory.
@@ -215,7 +220,7 @@ def attach(
         NotDecomposable: At the first step, when the loss has no exact accumulation.
 
     Example:
-        >>> module = attach(MyModule(), budget=Budget(examples=8))  # doctest: +SKIP
+        >>> module = attach(MyModule())  # doctest: +SKIP
         >>> Trainer(max_epochs=3).fit(module, loader)  # doctest: +SKIP
     """
     if not isinstance(module, LightningModule):
@@ -241,6 +246,8 @@ def attach(
         module,
         objective,
         budget=budget,
+        memory=memory,
+        aside=module._aside,
         collate=collate,
         backward=module._micro_backward,
         after_micro=module._after_micro,

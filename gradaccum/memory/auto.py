@@ -23,6 +23,7 @@ from gradaccum.measured import quiet
 from gradaccum.memory import choose
 from gradaccum.memory.cap import Cap, cap_of
 from gradaccum.memory.choose import Choice
+from gradaccum.memory.predict import switch
 from gradaccum.memory.probe import Probed, probe
 from gradaccum.objective import Objective
 from gradaccum.state import batch_norms
@@ -44,6 +45,7 @@ class Found:
         num_probes: Micro-batches measured for it; 0 if that was remembered.
         seconds: What finding it has taken.
         why: Where there is no choice.
+        checkpointing: Whether it was switched on for it; None: it was not asked to choose.
     """
 
     budget: Budget
@@ -52,15 +54,17 @@ class Found:
     num_probes: int
     seconds: float
     why: str = ""
+    checkpointing: bool | None = None
 
     def __str__(self) -> str:
         if self.choice is None:
             return f"micro-batches of up to {self.budget}: {self.why}"
         num = counted(max(1, round(self.choice.num_micros)), "micro-batch")
         source = f"measured in {self.seconds:.1f} s" if self.num_probes else "remembered"
+        checkpointing = ", gradient checkpointing on" if self.checkpointing else ""
         return (
-            f"about {num} of up to {self.budget} ({source}; larger are not 2% faster, or take more "
-            f"than the {self.cap.stated_bytes / GIB:.1f} GiB)"
+            f"about {num} of up to {self.budget}{checkpointing} ({source}; larger are not 2% "
+            f"faster, or take more than the {self.cap.stated_bytes / GIB:.1f} GiB)"
         )
 
 
@@ -79,6 +83,8 @@ class Accumulator(gradaccum.engine.Accumulator):
             calls.
         memory: What there is for "auto": "20GiB", bytes, or a fraction of the device; by default
             what is available.
+        aside: Keeps what is measured out of the training, where more than random state, buffers
+            and dropout have to be put back.
         options: As of `gradaccum.engine.Accumulator`, which tells what is exact and what is not:
             `collate`, `accumulate_dtype`, `grad_dtype`, `backward`, `after_micro`.
 
@@ -98,6 +104,7 @@ class Accumulator(gradaccum.engine.Accumulator):
         *,
         budget: Budget | Literal["auto"] = AUTO,
         memory: str | float | None = None,
+        aside: Callable[..., AbstractContextManager[None]] = quiet,
         **options: Any,
     ) -> None:
         is_auto = isinstance(budget, str) and budget == AUTO
@@ -108,6 +115,7 @@ class Accumulator(gradaccum.engine.Accumulator):
         check(memory, is_auto, next(model.parameters(), torch.empty(0)).device)
         self.found: Found | None = None
         self._memory = memory
+        self._aside = aside
         if is_auto:
             self.budget = cast(Budget, AUTO)  # until the first batch
 
@@ -116,7 +124,9 @@ class Accumulator(gradaccum.engine.Accumulator):
         if not isinstance(self.budget, Budget):
             batch = as_batch(batch, self._collate, trim=self.objective.trim)
             sizes = [self.objective.size(example) for example in batch]
-            self.found = find(self, batch, sizes, len(sizes), memory=self._memory)
+            self.found = find(
+                self, batch, sizes, len(sizes), memory=self._memory, aside=self._aside
+            )
             self.budget = self.found.budget
         return super().prepare(batch)
 
@@ -142,6 +152,7 @@ def find(
     memory: str | float | None,
     aside: Callable[..., AbstractContextManager[None]] = quiet,
     name: str = "",
+    may_checkpoint: bool = False,
 ) -> Found:
     """Find the budget of an accumulator, and say it.
 
@@ -153,6 +164,8 @@ def find(
         memory: As of `cap_of`.
         aside: Keeps what runs inside out of the training.
         name: Tells losses apart that the same model may have.
+        may_checkpoint: Where memory costs speed, measure with gradient checkpointing as well, and
+            leave it on if that is faster.
     """
     begin = time.perf_counter()
     model = accumulator.model
@@ -164,20 +177,37 @@ def find(
         return _said(
             Found(whole, None, cap, 0, 0.0, "BatchNorm in training mode needs all at once")
         )
-    key = _key(accumulator, device, name)
-    probed, num = _remembered(key), 0
-    if probed is None:
-        probed, num = probe(accumulator, host, aside)
-        _remember(key, probed)
     drawn = choose.windows(list(sizes), effective_batch)
-    forecast = _Careful(probed)
     budgets = choose.budgets(list(sizes), effective_batch)
-    choices = [choose.weigh(budget, drawn, forecast) for budget in budgets]
-    best = choose.best(choices, cap.num_bytes) or choices[0]  # the device has the last word
+
+    def weighed() -> tuple[list[Choice], int]:
+        """Return what each budget means, and how many probes it took to tell."""
+        key = _key(accumulator, device, name)
+        probed, num = _remembered(key), 0
+        if probed is None:
+            probed, num = probe(accumulator, host, aside)
+            _remember(key, probed)
+        return [choose.weigh(budget, drawn, _Careful(probed)) for budget in budgets], num
+
+    checkpointing = False if may_checkpoint else None
+    switch(model, on=checkpointing)
+    choices, num = weighed()
+    best = choose.best(choices, cap.num_bytes)
+    fastest = min(choice.seconds for choice in choices)
+    if may_checkpoint and (best is None or best.seconds > choose.AS_FAST * fastest):
+        switch(model, on=True)
+        others, more = weighed()
+        other, num = choose.best(others, cap.num_bytes), num + more
+        # Where nothing fits, the device has the last word, with what takes the least.
+        checkpointing = best is None or (other is not None and other.seconds < best.seconds)
+        choices, best = (others, other) if checkpointing else (choices, best)
+        switch(model, on=checkpointing)
+    best = best or choices[0]
     budget = best.budget
     if budget.examples is not None and max(sizes) > 1:  # of longer examples it then takes fewer
         budget = Budget(tokens=budget.examples * max(sizes))
-    return _said(Found(budget, best, cap, num, time.perf_counter() - begin))
+    spent = time.perf_counter() - begin
+    return _said(Found(budget, best, cap, num, spent, checkpointing=checkpointing))
 
 
 def _said(found: Found) -> Found:
