@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, T5Config
 import gradaccum
 from gradaccum.cli.main import main
 from gradaccum.errors import BadInput, DoesNotFit
-from gradaccum.memory import auto, choose
+from gradaccum.memory import auto, choose, forecast
 from gradaccum.memory.cap import cap_of
 from gradaccum.memory.predict import Job, trace
 from gradaccum.memory.probe import Probed, _fitted, probe
@@ -53,6 +53,23 @@ def test_a_gpu_that_is_not_here_needs_an_amount():
         cap_of(None, torch.device("cuda"))
     cap = cap_of("24GiB", torch.device("cuda"))
     assert cap.num_bytes < 24 * GIB / 1.06 and "context" in cap.assumptions[1]
+
+
+def test_a_gpu_that_is_here_is_measured_for_what_no_tensor_holds(monkeypatch):
+    def inputs(rows, length):
+        ids = torch.zeros(rows, length, dtype=torch.long)
+        return {"input_ids": ids, "labels": ids.clone()}
+
+    model = llama()
+    job = Job(model, gradaccum.causal_lm(), torch.optim.SGD, inputs, as_cuda=True)
+    taken = trace(job, 1, 16).peak_bytes + 5 * MIB
+    monkeypatch.setattr(forecast, "_probed", lambda *_: Probed((0, 0, 0), (taken, 0, 0)))
+    assert forecast.beyond_tensors(job, 16) == 5 * MIB
+    cap = cap_of("24GiB", torch.device("cuda"), beyond_bytes=5 * MIB)
+    assumed = cap_of("24GiB", torch.device("cuda"))
+    assert cap.num_bytes > assumed.num_bytes
+    assert "5 MiB for the workspace of cuBLAS and of kernels (measured)" in cap.assumptions[1]
+    assert "kernels (assumed)" in assumed.assumptions[1]
 
 
 class Linear:
@@ -136,7 +153,7 @@ def test_a_budget_is_found_at_the_first_batch_and_remembered():
         accumulator.backward(examples)
         found.append(accumulator.found)
     assert [f.num_probes for f in found] == [3, 0] and found[0].budget == found[1].budget
-    assert "measured in 0." in str(found[0]) and "remembered" in str(found[1])
+    assert "measured in " in str(found[0]) and "remembered" in str(found[1])
     assert oracle.error(oracle.left_in(accumulator.model), expected) < 1e-12
 
 

@@ -230,7 +230,7 @@ def _table(found: Plan) -> list[str]:
             f"{option.peak_bytes / GIB:.2f}",
             *(f"{_folded(option, name) / GIB:.2f}" for name in COLUMNS),
             f"{option.seconds / least:.2f}x",
-            ("<- this" if _is_chosen(option, found) else "yes") if option.fits else "no",
+            ("<- this" if option is found.chosen else "yes") if option.fits else "no",
         ]
         for option in shown(found)
     ]
@@ -249,13 +249,8 @@ def shown(found: Plan) -> list[Option]:
     kept = []
     for options in settings.values():
         step = max(1, -(-len(options) // SHOWN))
-        kept += [o for i, o in enumerate(options) if i % step == 0 or _is_chosen(o, found)]
+        kept += [o for i, o in enumerate(options) if i % step == 0 or o is found.chosen]
     return kept
-
-
-def _is_chosen(option: Option, found: Plan) -> bool:
-    keys = ("budget", "checkpointing", "chunk")
-    return all(getattr(option, key) == getattr(found.chosen, key) for key in keys)
 
 
 def _folded(option: Option, name: str) -> int:

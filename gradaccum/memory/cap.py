@@ -41,7 +41,13 @@ class Cap:
     assumptions: tuple[str, ...]
 
 
-def cap_of(memory: str | float | None, device: torch.device, *, held_bytes: int = 0) -> Cap:
+def cap_of(
+    memory: str | float | None,
+    device: torch.device,
+    *,
+    held_bytes: int = 0,
+    beyond_bytes: int | None = None,
+) -> Cap:
     """Return the bound.
 
     Args:
@@ -49,6 +55,7 @@ def cap_of(memory: str | float | None, device: torch.device, *, held_bytes: int 
             default what is available and what is held.
         device: Whose memory it is.
         held_bytes: What tensors of the step take already.
+        beyond_bytes: What a step takes beyond its tensors, where that was measured.
 
     Raises:
         BadInput: It is none of these, or more than the unit of a typing error would be.
@@ -58,11 +65,13 @@ def cap_of(memory: str | float | None, device: torch.device, *, held_bytes: int 
         left = round((stated - CPU_SLACK) / (1 + CPU_MARGIN))
         text = f"{said}; 1% and 2 MiB of it are left for what no tensor holds"
         return Cap(stated, max(0, left), (text,))
-    left = round((stated - CONTEXT - WORKSPACE) / (1 + FRAGMENTS))
+    workspace, how = (WORKSPACE, "assumed") if beyond_bytes is None else (beyond_bytes, "measured")
+    left = round((stated - CONTEXT - workspace) / (1 + FRAGMENTS))
     texts = (
         said,
-        f"{CONTEXT // MIB} MiB of it for the context of the driver, {WORKSPACE // MIB} MiB for the "
-        f"workspace of cuBLAS, {FRAGMENTS:.0%} for blocks that do not fit together (assumed)",
+        f"{CONTEXT // MIB} MiB of it for the context of the driver (assumed), "
+        f"{workspace // MIB} MiB for the workspace of cuBLAS and of kernels ({how}), "
+        f"{FRAGMENTS:.0%} for blocks that do not fit together (assumed)",
     )
     return Cap(stated, max(0, left), texts)
 

@@ -1,6 +1,7 @@
 """Forecast time and memory of a micro-batch of any shape: from traces, or from short runs."""
 
 import copy
+import dataclasses
 import functools
 from collections.abc import Sequence
 
@@ -10,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from gradaccum.measured import quiet
 from gradaccum.memory.machine import Machine
-from gradaccum.memory.predict import Envelope, Job, Operations, is_large, switch
+from gradaccum.memory.predict import Envelope, Job, Operations, is_large, switch, trace
 from gradaccum.memory.probe import Probed, measure, shapes
 from gradaccum.memory.recipes import FourBit
 from gradaccum.memory.tracker import (
@@ -60,7 +61,7 @@ class Traced:
         self.seconds_after = machine.seconds(*after)
         self._seconds = functools.cache(lambda of, rows: of.seconds(rows, machine))
         self._peak = functools.cache(lambda of, rows: of.peak_bytes(rows))
-        self._probed = _probed(job, lengths) if machine.is_here and _is_small(job.model) else None
+        self._probed = _probed(job, lengths) if machine.is_here and is_small(job.model) else None
         if self._alone is not None:
             self._seconds_alone = machine.seconds(*self._alone.costs(1))
 
@@ -91,7 +92,7 @@ class Traced:
         return envelope, rows * length / envelope.length
 
 
-def _is_small(model: nn.Module) -> bool:
+def is_small(model: nn.Module) -> bool:
     """Tell whether the model can be made here with random weights and run a few times."""
     held = sum(p.numel() * p.element_size() for p in model.parameters())
     return held < SMALL and not any(isinstance(m, FourBit) for m in model.modules())
@@ -123,6 +124,16 @@ class Measured:
         """Return the same; of what was measured it is not known what it was for."""
         taken = self._probed.peak_bytes(rows, length)
         return dict.fromkeys(CATEGORIES, 0) | {ACTIVATIONS: taken, STATE: self._state}
+
+
+def beyond_tensors(job: Job, length: int) -> int:
+    """Return the bytes that one row on the GPU takes beyond what its trace says.
+
+    That is the workspace of cuBLAS, and what kernels keep that no trace sees.
+    """
+    expected = trace(dataclasses.replace(job, optimizer=torch.optim.SGD), 1, length).peak_bytes
+    held = torch.accelerator.memory_allocated() if torch.accelerator.is_available() else 0
+    return max(0, _probed(job, [length]).peak_bytes(1, length) - held - expected)
 
 
 def _probed(job: Job, lengths: Sequence[int]) -> Probed:

@@ -3,6 +3,7 @@
 No weights and no device are needed: a step is traced on a twin of the model that holds no data.
 """
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
@@ -17,13 +18,11 @@ from gradaccum.errors import BadInput, DoesNotFit
 from gradaccum.memory import choose
 from gradaccum.memory.cap import Cap, cap_of
 from gradaccum.memory.choose import Choice
-from gradaccum.memory.forecast import Measured, Traced
+from gradaccum.memory.forecast import Measured, Traced, beyond_tensors, is_small
 from gradaccum.memory.machine import GPU, Machine, measure
 from gradaccum.memory.predict import Job, is_large, trace
 from gradaccum.memory.recipes import MakeOptimizer, optimizer_of
-from gradaccum.memory.tracker import (
-    CATEGORIES,
-)
+from gradaccum.memory.tracker import CATEGORIES
 from gradaccum.objective import Objective, causal_lm
 from gradaccum.types import GIB, Budget, counted
 
@@ -184,6 +183,9 @@ def plan(
     dtype = autocast or next(built.parameters()).dtype
     machine = measure(place, dtype) if here else GPU.get(dtype, GPU[torch.float32])
     job = Job(built, objective, make, inputs, len(set(sizes)) > 1, autocast, place.type == "cuda")
+    if place.type == "cuda" and here and is_small(built):
+        with contextlib.suppress(Exception):  # what cannot be traced is told below
+            cap = cap_of(memory, place, beyond_bytes=beyond_tensors(job, max(sizes)))
     drawn = choose.windows(sizes, effective_batch)
     found = _Options(job, drawn, effective_batch, cap, machine, checkpointing)
     options = found.all()
@@ -269,7 +271,10 @@ class _Options:
         return min(fitting) <= choose.AS_FAST * more * least
 
     def confirmed(self, options: list[Option]) -> Option:
-        """Choose, and trace the very micro-batch that takes most; choose again if that is more."""
+        """Choose, and trace the very micro-batch that takes most; choose again if that is more.
+
+        What was traced takes the place of what was read off in `options`.
+        """
         left = [option for option in options if option.fits]
         while left:
             choices = [self._choices[id(option)] for option in left]
@@ -286,10 +291,15 @@ class _Options:
                 num_micros=num_micros,
                 is_short=num_micros == 2 and is_large(self._job.model),
             )
-            if traced.peak_bytes <= self._cap.num_bytes:
-                return dataclasses.replace(
-                    option, peak_bytes=traced.peak_bytes, categories=dict(traced.peak)
-                )
+            found = dataclasses.replace(
+                option,
+                peak_bytes=traced.peak_bytes,
+                categories=dict(traced.peak),
+                fits=traced.peak_bytes <= self._cap.num_bytes,
+            )
+            options[next(i for i, other in enumerate(options) if other is option)] = found
+            if found.fits:
+                return found
             left.remove(option)
         least = min(options, key=lambda option: option.peak_bytes)
         raise DoesNotFit(
