@@ -11,6 +11,7 @@ scaler, the scheduler and logging are not here and never will be: they belong to
 """
 
 import dataclasses
+import functools
 import logging
 import math
 import warnings
@@ -46,7 +47,7 @@ class Window:
         totals: The weights of the whole effective batch by term.
         unit: What the weights count.
         host: The effective batch, to be cut again if a micro-batch does not fit.
-        random: The random state before it was collated.
+        random: The random state before it was collated, and after.
     """
 
     micros: tuple[Micro, ...]
@@ -56,7 +57,7 @@ class Window:
     totals: dict[str, float] | None
     unit: str
     host: HostBatch
-    random: Random
+    random: tuple[Random, Random]
 
 
 class Accumulator:
@@ -150,7 +151,8 @@ class Accumulator:
             _refuse_coupled(self.model, len(micros))
             losses, weights, unit = self.objective.resolve(self.model, host, micros, inputs)
         elif self.objective.weight is None:
-            return Window(tuple(micros), inputs, losses, None, None, unit, host, before)
+            drawn = before, Random()
+            return Window(tuple(micros), inputs, losses, None, None, unit, host, drawn)
         else:
             weights = tuple(by_term(self.objective.weight(part)) for part in inputs)
         self._running = micros[0]
@@ -161,7 +163,8 @@ class Accumulator:
                 hint="return every term for every micro-batch, 0 where it does not occur",
             )
         totals = {name: math.fsum(weight[name] for weight in weights) for name in names}
-        return Window(tuple(micros), inputs, losses, weights, totals, unit, host, before)
+        drawn = before, Random()
+        return Window(tuple(micros), inputs, losses, weights, totals, unit, host, drawn)
 
     def backward(self, batch: Any) -> Step:
         """Fill `.grad` with the gradient of the effective batch.
@@ -196,11 +199,19 @@ class Accumulator:
             # Only out here has the traceback let go of the activations.
             past.restore()
             if isinstance(batch, Window):
-                batch.random.restore()
-                batch = batch.host
+                batch = functools.partial(self._prepare_again, batch, past.random)
             device_memory.release(next(self.model.parameters()).device)
             recoveries.append(self._shrink(self._running, said))
             logger.warning(str(recoveries[-1]))
+
+    def _prepare_again(self, window: Window, now: Random) -> Window:
+        """Cut it anew by the random state of the first time; go on with what came between."""
+        before, after = window.random
+        before.restore()
+        again = self.prepare(window.host)
+        if now != after:
+            now.restore()
+        return again
 
     def _shrink(self, failed: Micro, said: str) -> Recovery:
         """Halve the budget from what did not fit."""
@@ -211,7 +222,8 @@ class Accumulator:
                 f"does not fit into memory by itself: {said}",
                 hint=LESS_MEMORY,
             )
-        half = Budget(tokens=failed.size // 2) if failed.size > 1 else Budget(examples=num // 2)
+        is_by_size = self.budget.tokens is not None and failed.size > 1
+        half = Budget(tokens=failed.size // 2) if is_by_size else Budget(examples=num // 2)
         self.limit = half.within(self.limit)
         return Recovery(failed, self.limit, said)
 
@@ -234,6 +246,7 @@ class Accumulator:
         late = None
         with accumulating(parameters, self._accumulate_dtype, self._grad_dtype):
             ran, losses, reported = self._run(window, device)
+            self._running = window.micros[0]  # what is left to do takes no part of the batch
             if window.totals is None:
                 late = torch.stack(reported).sum()
                 divisor = torch.where(late == 0, 1, late)

@@ -29,6 +29,15 @@ class Random:
         self._numpy = numpy.random.get_state() if numpy else None
         self._devices = _device_states()
 
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Random):
+            return NotImplemented
+        mine, its = ((r._python, repr(r._numpy)) for r in (self, other))
+        tensors = zip((self._cpu, *self._devices), (other._cpu, *other._devices), strict=False)
+        return mine == its and all(torch.equal(one, two) for one, two in tensors)
+
+    __hash__ = None  # pyright: ignore[reportAssignmentType]
+
     def restore(self) -> None:
         """Draw the same numbers again."""
         random.setstate(self._python)

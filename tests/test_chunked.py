@@ -78,3 +78,18 @@ def test_a_model_without_a_known_head_is_refused():
 def test_a_bad_chunk(chunk):
     with pytest.raises(BadInput, match="chunk="):
         gradaccum.causal_lm(chunk=chunk)
+
+
+def test_who_wrapped_the_head_keeps_it():
+    model, seen = llama().double(), []
+    own = model.lm_head.forward
+
+    def wrapped(hidden):
+        seen.append(hidden.shape)
+        return own(hidden)
+
+    _, expected = gradient(model, gradaccum.causal_lm())
+    model.lm_head.forward = wrapped
+    _, found = gradient(model, gradaccum.causal_lm(chunk=5))
+    assert model.lm_head.forward is wrapped and seen
+    assert oracle.error(found, expected) < 1e-12

@@ -307,3 +307,30 @@ def test_a_collator_draws_the_same_numbers_again():
         return model, step, torch.rand(2).tolist(), accumulator
 
     same(once(WHOLE, fails=Fails(60)), once(WHOLE, limit=gradaccum.Budget(tokens=48)))
+
+
+def test_windows_that_were_prepared_ahead_draw_on_from_where_the_last_one_ended():
+    def twice(budget, limit=None, fails=None):
+        model = net()
+        accumulator = gradaccum.Accumulator(model, gradaccum.causal_lm(), budget=budget)
+        accumulator.limit = limit
+        torch.manual_seed(1)
+        windows = [accumulator.prepare(EXAMPLES) for _ in range(2)]
+        accumulator.backward(windows[0])
+        if fails is None:
+            accumulator.limit = gradaccum.Budget(tokens=48)
+            windows[1] = accumulator.prepare(EXAMPLES)
+        model.zero_grad()
+        with fails or Fails():
+            step = accumulator.backward(windows[1])
+        return model, step, torch.rand(2).tolist(), accumulator
+
+    short = twice(WHOLE, fails=Fails(60))
+    assert len(short[1].recoveries) == 1
+    same(short, twice(WHOLE))
+
+
+def test_a_budget_of_examples_shrinks_in_examples():
+    _, step, _, accumulator = ran(gradaccum.Budget(examples=8), fails=Fails(60))
+    assert accumulator.limit == gradaccum.Budget(examples=4)
+    assert "micro-batches of up to 4 examples" in str(step.recoveries[0])

@@ -149,7 +149,7 @@ def _repeated(engine: Accumulator, inputs: Any, shape: Shape, num: int) -> Windo
         {"loss": float(num)},
         "",
         Listed([inputs], lambda _: inputs),
-        Random(),
+        (Random(), Random()),
     )
 
 
