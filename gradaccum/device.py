@@ -85,11 +85,12 @@ def peak_bytes(device: torch.device) -> int:
 
 @functools.cache
 def total_bytes(device: torch.device) -> int:
-    """Return the memory of the device in bytes; the machine's on the CPU."""
+    """Return the memory of the device in bytes; on the CPU the machine's or the container's."""
     if device.type == "cpu":
         if sys.platform == "win32":
             return 0
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        limits = [limit for limit, _ in _cgroup()]
+        return min([os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *limits])
     if device.type == "mps":
         return torch.mps.recommended_max_memory()
     return torch.get_device_module(device).mem_get_info(device)[1]
@@ -101,7 +102,7 @@ def available_bytes(device: torch.device) -> int:
     On Linux a container's limit counts as well. 0 where nothing tells.
     """
     if device.type == "cpu":
-        found = [_meminfo_available(), *_cgroup_available()]
+        found = [_meminfo_available(), *(max(0, limit - used) for limit, used in _cgroup())]
         return min((n for n in found if n is not None), default=total_bytes(device))
     if device.type == "mps":
         return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
@@ -116,15 +117,15 @@ def _meminfo_available() -> int | None:
     return int(found[0]) * 1024 if found else None
 
 
-def _cgroup_available() -> Iterator[int]:
-    """Yield what the control group of a container leaves, by either version of its files."""
+def _cgroup() -> Iterator[tuple[int, int]]:
+    """Yield limit and use of a container's control group, by either version of its files."""
     for limit, used in (
         ("memory.max", "memory.current"),
         ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
     ):
         bounds = [_lines(f"/sys/fs/cgroup/{name}") for name in (limit, used)]
         if all(bound and bound[0].isdecimal() for bound in bounds):
-            yield max(0, int(bounds[0][0]) - int(bounds[1][0]))
+            yield int(bounds[0][0]), int(bounds[1][0])
 
 
 def _lines(path: str) -> list[str]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
 
 # Whose state begins with zeros and a step of 0, by the name of a class they derive from; tested
 # in tests/test_optimizers.py. NAdam, ASGD and Rprop begin with other values.
@@ -53,6 +54,12 @@ def materialize(optimizer: Optimizer) -> bool:
         for p, grad in gradients:
             p.grad = grad
     return True
+
+
+def state_bytes(optimizer: Optimizer) -> int:
+    """Return what the tensors of its state take."""
+    leaves = tree_leaves(list(optimizer.state.values()))
+    return sum(leaf.nbytes for leaf in leaves if isinstance(leaf, Tensor))
 
 
 def _begin(optimizer: Optimizer, step: Any, p: nn.Parameter) -> None:

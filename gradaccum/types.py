@@ -20,6 +20,16 @@ def counted(num: int, noun: str) -> str:
     return f"{num:,} {noun}{plural}"
 
 
+def amount(num_bytes: float) -> str:
+    """Return "18.7 GiB", or "42.5 MiB" where that is more telling."""
+    is_large = num_bytes >= GIB / 10
+    return (
+        f"{num_bytes / GIB:.{1 if num_bytes >= GIB else 2}f} GiB"
+        if is_large
+        else (f"{num_bytes / 2**20:.1f} MiB")
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Budget:
     """Bound the size of one micro-batch.

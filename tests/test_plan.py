@@ -8,10 +8,11 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, T5Config
 
 import gradaccum
+from gradaccum.batch import as_batch
 from gradaccum.cli.main import main
 from gradaccum.errors import BadInput, DoesNotFit
 from gradaccum.memory import auto, choose, forecast
-from gradaccum.memory.cap import cap_of
+from gradaccum.memory.cap import cap_of, held_bytes
 from gradaccum.memory.predict import Job, trace
 from gradaccum.memory.probe import Probed, _fitted, probe
 from gradaccum.memory.recipes import optimizer_of
@@ -62,7 +63,7 @@ def test_a_gpu_that_is_here_is_measured_for_what_no_tensor_holds(monkeypatch):
 
     model = llama()
     job = Job(model, gradaccum.causal_lm(), torch.optim.SGD, inputs, as_cuda=True)
-    taken = trace(job, 1, 16).peak_bytes + 5 * MIB
+    taken = trace(job, 1, 16).peak_bytes + 5 * MIB - held_bytes(model)
     monkeypatch.setattr(forecast, "_probed", lambda *_: Probed((0, 0, 0), (taken, 0, 0)))
     assert forecast.beyond_tensors(job, 16) == 5 * MIB
     cap = cap_of("24GiB", torch.device("cuda"), beyond_bytes=5 * MIB)
@@ -159,7 +160,7 @@ def test_a_budget_is_found_at_the_first_batch_and_remembered():
 
 def test_memory_that_is_stated_bounds_what_is_found():
     probed = Probed((1.0, 1e-3, 0.0), (100 * MIB, MIB, 0.0))
-    forecast = auto._Careful(probed)
+    forecast = auto._Careful(probed, 0)
     assert forecast.peak_bytes(1, 10) == round((100 + 11) * MIB)
     accumulator = gradaccum.Accumulator(models.model(), gradaccum.causal_lm(), memory="1GiB")
     accumulator.backward(models.examples([9, 5]))
@@ -178,11 +179,12 @@ def test_checkpointing_is_chosen_where_memory_costs_speed(monkeypatch, tmp_path,
     monkeypatch.setattr(auto, "probe", probed)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     accumulator = gradaccum.Accumulator(model, gradaccum.causal_lm(), budget=Budget(examples=1))
-    found = auto.find(accumulator, [], [10] * 8, 8, memory=memory, may_checkpoint=True)
+    host = as_batch([{"input_ids": [1] * 10}, {"input_ids": [1] * 9}], None)
+    found = auto.find(accumulator, host, [10] * 8, 8, memory=memory, may_checkpoint=True)
     assert found.checkpointing is model.is_gradient_checkpointing is expected
     assert found.num_probes == (6 if expected else 3)
     assert ("gradient checkpointing on" in str(found)) is expected
-    again = auto.find(accumulator, [], [10] * 8, 8, memory=memory, may_checkpoint=True)
+    again = auto.find(accumulator, host, [10] * 8, 8, memory=memory, may_checkpoint=True)
     assert (again.budget, again.checkpointing, again.num_probes) == (found.budget, expected, 0)
 
 
@@ -288,7 +290,7 @@ def test_a_gpu_is_planned_for_without_one():
     ("kwargs", "said"),
     [({"effective_batch": 0}, "effective_batch"), ({"effective_batch": 2.5}, "effective_batch"),
      ({"lengths": []}, "lengths"), ({"lengths": [1]}, "lengths"), ({"lengths": "long"}, "lengths"),
-     ({"optimizer": "adamwx"}, "optimizer"), ({"device": "mps"}, "neither cpu nor cuda")],
+     ({"optimizer": "adamwx"}, "optimizer"), ({"device": "mps"}, "for cpu or cuda")],
 )  # fmt: skip
 def test_wrong_arguments_of_plan(kwargs, said):
     with pytest.raises(BadInput, match=said):
@@ -381,3 +383,151 @@ def test_unknown_architectures(command, tmp_path):
     done = command(f"--model_name_or_path={tmp_path}")
     assert done.returncode == 2 and "names no model that is known" in done.stderr
     assert command("--model_name_or_path=./nowhere").returncode == 2
+
+
+class Tabled(torch.nn.Module):
+    """Holds a table as a plain attribute, and a buffer that is a slice of a larger one."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = torch.nn.Embedding(32, 8), torch.nn.Linear(8, 32)
+        self.table, self.parts = torch.randn(64, 8), [torch.ones(8)]
+        self.register_buffer("slice", torch.randn(1024, 8)[:64])
+
+    def forward(self, input_ids, **_):
+        length = input_ids.shape[1]
+        x = self.embed(input_ids) + self.table[:length] + self.slice[:length] * self.parts[0]
+        return SimpleNamespace(logits=self.head(x))
+
+
+@pytest.mark.parametrize("place", ["cpu", "meta"])
+def test_plain_tensors_of_modules_are_traced_and_counted(place):
+    with torch.device(place):
+        model = Tabled().train()
+    taken = sum(t.untyped_storage().nbytes() for t in (model.table, *model.parts, model.slice))
+    found = gradaccum.plan(model, effective_batch=4, lengths=16, memory="1GiB", device="cpu")
+    assert found.chosen.categories["buffers"] == taken == (64 * 8 + 8 + 1024 * 8) * 4
+
+
+def normalising():
+    def loss(model, x):
+        return model(x).square().sum()
+
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
+    objective = gradaccum.Objective(loss, weight=len, size=lambda x: 1)
+    options = {"effective_batch": 6, "examples": list(torch.randn(6, 3)), "collate": torch.stack,
+               "memory": "1GiB", "device": "cpu"}  # fmt: skip
+    return model, objective, options
+
+
+def test_batch_norm_is_planned_as_it_runs():
+    model, objective, options = normalising()
+    whole = gradaccum.plan(model, objective, **options)
+    assert whole.chosen.num_micros == 1 and "needs the whole batch" in whole.assumptions[-1]
+    model[1].eval()
+    frozen = gradaccum.plan(model, objective, **options)
+    assert len(frozen.options) > 1 and not any("BatchNorm" in t for t in frozen.assumptions)
+    assert not model[1].training and model.training
+
+
+def test_a_whole_batch_finds_no_gradients_to_add_to():
+    """It fits into less than what a second micro-batch would take, and the plan knows."""
+    model = torch.nn.Sequential(torch.nn.Embedding(4096, 256), torch.nn.Linear(256, 64))
+    objective = gradaccum.Objective(lambda m, x: m(x).square().sum(), len, size=len)
+    options = {"examples": [torch.ones(8, dtype=torch.long)] * 4, "collate": torch.stack,
+               "device": "cpu", "optimizer": lambda ps: torch.optim.SGD(ps, lr=0.1)}  # fmt: skip
+    wide = gradaccum.plan(model, objective, effective_batch=4, memory="1GiB", **options)
+    alone = gradaccum.plan(model, objective, effective_batch=1, memory="1GiB", **options)
+    assert wide.options[0].num_micros == 4
+    assert alone.chosen.peak_bytes < wide.options[0].peak_bytes
+    between = (alone.chosen.peak_bytes + wide.options[0].peak_bytes) // 2
+    tight = gradaccum.plan(model, objective, effective_batch=4, memory=between + 4 * MIB, **options)
+    assert tight.chosen.num_micros == 1 and not tight.options[0].fits
+
+
+def test_an_unknown_optimizer_is_run_to_see_its_state():
+    class Item(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = models.model()
+
+        def forward(self, input_ids, **given):
+            assert input_ids.sum().item() >= 0
+            return self.net(input_ids, **given)
+
+    sizes = {}
+    for name in ("AdamW", "NAdam"):
+        make = getattr(torch.optim, name)
+        place = "cuda" if name == "NAdam" else "cpu"
+        plan = gradaccum.plan(Item().train(), effective_batch=4, lengths=[8, 4], memory="1GiB",
+                              optimizer=make, device=place)  # fmt: skip
+        sizes[name] = plan.chosen.categories["optimizer state"]
+        assert any("measured on three short" in text for text in plan.assumptions)
+    assert sizes["NAdam"] >= sizes["AdamW"] > 0
+
+
+def found_in(cache, monkeypatch, objective=None, lengths=(16,) * 8, model=None, **options):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    accumulator = gradaccum.Accumulator(
+        model or models.model(), objective or gradaccum.causal_lm(), **options
+    )
+    accumulator.prepare(models.examples(lengths))
+    return accumulator.found
+
+
+def test_what_was_measured_for_another_case_is_not_taken(tmp_path, monkeypatch):
+    """One row tells nothing of many, and another loss, dtype or shape takes another time."""
+
+    def closed(weight):
+        def loss(model, micro):
+            return gradaccum.causal_lm().loss(model, micro) * weight
+
+        return gradaccum.Objective(loss, gradaccum.causal_lm().weight, len)
+
+    cases = [
+        {"lengths": (16,)},  # never kept
+        {},
+        {"lengths": (16, 15) * 4},
+        {"accumulate_dtype": None},
+        {"objective": gradaccum.causal_lm(chunk=64), "model": llama()},
+        {"objective": gradaccum.causal_lm(chunk=128), "model": llama()},
+        {"objective": gradaccum.from_mean(lambda m, x: m(**x).mean(), weight="rows")},
+        {"objective": gradaccum.from_mean(lambda m, x: m(**x).sum(), weight="rows")},
+    ]
+    for case in cases:
+        assert found_in(tmp_path, monkeypatch, **case).num_probes > 0, case
+    assert found_in(tmp_path, monkeypatch, lengths=(16,)).num_probes == 1
+    assert [found_in(tmp_path, monkeypatch, **case).num_probes for case in cases[1:]] == [0] * 7
+
+
+def test_probes_that_do_not_fit_bound_the_budget_and_are_not_kept(tmp_path, monkeypatch):
+    busy = [True]
+
+    def loss(model, micro):
+        if busy[0] and micro["input_ids"].numel() >= 100:
+            raise torch.OutOfMemoryError("another process has it")
+        return gradaccum.causal_lm().loss(model, micro)
+
+    objective = gradaccum.Objective(loss, gradaccum.causal_lm().weight, gradaccum.causal_lm().size)
+    lengths = [8] * 2 + [25] * 10 + [60] * 2
+    first = found_in(tmp_path, monkeypatch, objective, lengths)
+    assert first.num_probes == 2 and first.budget.tokens < 14 * 60
+    busy[0] = False
+    assert found_in(tmp_path, monkeypatch, objective, lengths).num_probes == 3
+
+
+def test_the_state_of_an_optimizer_is_made_and_counted(tmp_path, monkeypatch):
+    model = models.model()
+    optimizer = torch.optim.AdamW(model.parameters())
+    found_in(tmp_path, monkeypatch, model=model, optimizer=optimizer)
+    assert optimizer.state
+    held = sum(p.nbytes for p in model.parameters())
+    caps = []
+
+    def noting(memory, device, *, held_bytes=0):
+        caps.append(held_bytes)
+        return cap_of(memory, device, held_bytes=held_bytes)
+
+    monkeypatch.setattr(auto, "cap_of", noting)
+    found_in(tmp_path, monkeypatch, model=model, optimizer=optimizer, memory="1GiB")
+    assert caps[-1] > 2.5 * held

@@ -4,13 +4,16 @@ The plan goes to stdout, progress to stderr. Neither weights nor a GPU are neede
 """
 
 import argparse
+import itertools
 import json
+import random
 import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 from trl import get_peft_config
 from trl.trainer.utils import add_fused_lm_head
@@ -21,7 +24,8 @@ from gradaccum.cli.picture import draw
 from gradaccum.cli.summary import say
 from gradaccum.cli.train import _dataset, _quiet, _texts
 from gradaccum.errors import BadInput
-from gradaccum.memory.plan import Option, Plan, plan
+from gradaccum.integrations.accumulation import lengths_of
+from gradaccum.memory.plan import LENGTH, Option, Plan, plan
 from gradaccum.memory.recipes import FOUR_BIT, quantise
 from gradaccum.objective import Objective, causal_lm
 from gradaccum.types import GIB, counted
@@ -96,11 +100,11 @@ def _config_and_lengths(
     arguments: Arguments, assumed: list[str]
 ) -> tuple[PreTrainedConfig, list[int]]:
     """Return the model's configuration, and the tokens of the examples."""
-    name, longest = str(arguments.model.model_name_or_path), arguments.training.max_length or 1024
+    name, longest = str(arguments.model.model_name_or_path), arguments.training.max_length
     if name == "embedded":
         dataset = _dataset(arguments, "train")
         tokenizer = embedded.tokenizer(_texts(dataset, arguments.training.dataset_text_field))
-        return embedded.model(tokenizer).config, _lengths(dataset, tokenizer, longest, arguments)
+        return embedded.model(tokenizer).config, _lengths(dataset, tokenizer, arguments, assumed)
     local = Path(name).expanduser()
     if name.startswith((".", "/", "~")) and not local.exists():
         raise BadInput(f"there is no {name}", hint=data.near(local))
@@ -117,6 +121,7 @@ def _config_and_lengths(
             hint="a directory, a config.json, or a hub id",
         ) from error
     if "dataset_name" not in arguments.given:
+        longest = longest or LENGTH
         assumed.append(f"every example has {longest:,} tokens (--max_length), as none are given")
         return config, [longest]
     folder = local if local.is_dir() else local.parent if local.exists() else None
@@ -127,20 +132,31 @@ def _config_and_lengths(
             f"the lengths of {arguments.script.dataset_name} need a tokenizer, and {name} has none",
             hint="leave out --dataset_name: every example then counts as --max_length",
         ) from error
-    return config, _lengths(_dataset(arguments, "train"), tokenizer, longest, arguments)
+    return config, _lengths(_dataset(arguments, "train"), tokenizer, arguments, assumed)
 
 
-def _lengths(dataset: Any, tokenizer: Any, longest: int, arguments: Arguments) -> list[int]:
-    """Return the tokens of examples of the data, cut at the longest."""
-    rows = [row for row, _ in zip(dataset, range(MOST_ROWS), strict=False)]
-    if arguments.training.packing:
+def _lengths(dataset: Any, tokenizer: Any, arguments: Arguments, assumed: list[str]) -> list[int]:
+    """Return the tokens of the examples, or of a sample of them, cut at the longest."""
+    longest = arguments.training.max_length
+    if arguments.training.packing and longest is not None:
         return [longest]
-    if "input_ids" in rows[0]:
-        found = [len(row["input_ids"]) for row in rows]
-    else:
-        texts = [_joined(row, tokenizer, arguments.training.dataset_text_field) for row in rows]
-        found = [len(ids) + 1 for ids in tokenizer(texts)["input_ids"]]  # and the end of sequence
-    return [max(2, min(n, longest)) for n in found]
+    found = lengths_of(dataset)
+    if not found:
+        is_sized = isinstance(dataset, Dataset)
+        if is_sized and len(dataset) > MOST_ROWS:
+            chosen = random.Random(0).sample(range(len(dataset)), MOST_ROWS)
+            assumed.append(f"lengths are those of {MOST_ROWS:,} of the {len(dataset):,} examples")
+            dataset = dataset.select(chosen)
+        elif not is_sized:
+            assumed.append(f"lengths are those of the first {MOST_ROWS:,} examples of the stream")
+        rows: list[Any] = list(itertools.islice(dataset, MOST_ROWS))
+        if "input_ids" in rows[0]:
+            found = [len(row["input_ids"]) for row in rows]
+        else:
+            field = arguments.training.dataset_text_field
+            texts = [_joined(row, tokenizer, field) for row in rows]
+            found = [len(ids) + 1 for ids in tokenizer(texts)["input_ids"]]  # and the end
+    return [max(2, min(n, longest or n)) for n in found]
 
 
 def _joined(row: dict[str, Any], tokenizer: Any, field: str) -> str:
@@ -216,7 +232,7 @@ def _text(found: Plan, arguments: Arguments) -> str:
 def _table(found: Plan) -> list[str]:
     """Return the options as lines: the chosen setting by size, the best of the others."""
     heads = [
-        "effective batch", "micro-batch", "steps", "ckpt", "peak GiB",
+        "effective batch", "micro-batch", "accumulation steps", "ckpt", "peak GiB",
         *COLUMNS, "time", "fits",
     ]  # fmt: skip
     fitting = [option.seconds for option in found.options if option.fits]
@@ -224,7 +240,7 @@ def _table(found: Plan) -> list[str]:
     rows = [
         [
             f"{found.effective_batch:,}",
-            str(option.budget).removesuffix("s") + ("s" if str(option.budget)[-1] == "s" else ""),
+            str(option.budget),
             f"{option.num_micros:,}",
             "on" if option.checkpointing else "off",
             f"{option.peak_bytes / GIB:.2f}",
@@ -260,7 +276,7 @@ def _folded(option: Option, name: str) -> int:
 def _to_paste(found: Plan, arguments: Arguments) -> list[str]:
     """Return the flags of our engine and the arguments of the stock trainer."""
     one, size = found.chosen, found.effective_batch
-    rows = max(1, one.budget.examples or (one.budget.tokens or 1) // one.length)
+    rows = max(1, one.budget.examples or (one.budget.tokens or 1) // found.longest)
     rows = min(rows, size)
     exact = max(n for n in range(1, rows + 1) if size % n == 0)
     unit = "examples" if one.budget.examples is not None else "tokens"
@@ -286,15 +302,12 @@ def _to_paste(found: Plan, arguments: Arguments) -> list[str]:
 
 
 def _as_json(found: Plan) -> dict[str, Any]:
-    def told(option: Option) -> dict[str, Any]:
-        return asdict(option) | {"budget": asdict(option.budget)}
-
     return {
         "effective_batch": found.effective_batch,
         "memory_bytes": found.cap.stated_bytes,
         "tensor_bytes": found.cap.num_bytes,
-        "chosen": told(found.chosen),
-        "options": [told(option) for option in found.options],
+        "chosen": asdict(found.chosen),
+        "options": [asdict(option) for option in found.options],
         "seconds_are_of": found.machine.name if found.machine.is_here else None,
         "assumptions": list(found.assumptions),
     }

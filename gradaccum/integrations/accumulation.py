@@ -53,8 +53,13 @@ class Cut:
     @property
     def budget(self) -> Budget | None:
         """Return the budget that is set."""
-        tokens, examples = self._bounds.tolist()
-        return Budget(tokens or None, examples or None) if tokens or examples else None
+        return Budget(*self.bounds) if self.bounds is not None else None
+
+    @property
+    def bounds(self) -> list[int | None] | None:
+        """Return its tokens and examples, as checkpoints keep them."""
+        bounds = [bound or None for bound in self._bounds.tolist()]
+        return bounds if any(bounds) else None
 
     def set(self, budget: Budget | None) -> None:
         """Set the budget of the batches that follow."""
@@ -163,6 +168,7 @@ class Accumulation:
         self.measured: Measured | None = None
         self.evaluating: Measured | None = None  # where nothing has been trained yet
         self.accumulator: Accumulator | None = None
+        self.optimizer: Any = None
         self.is_stepping = False  # the optimizer, just now
 
 
@@ -181,6 +187,7 @@ class OptimizerStep(TrainerCallback):
 
     def on_train_begin(self, *_: Any, optimizer: Any = None, **__: Any) -> None:
         inner, said = getattr(optimizer, "optimizer", optimizer), None  # inside of accelerate's
+        self._accumulation.optimizer = inner
         try:
             materialize(inner)
         except Exception as error:

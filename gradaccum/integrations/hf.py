@@ -135,6 +135,7 @@ class Attached(Evaluated):
         accumulation.last = step = self._accumulator(model).backward(prepare)
         if step.recoveries and accumulation.cut.budget is not None:
             accumulation.cut.set(accumulation.cut.budget.within(step.recoveries[-1].limit))
+        self._kept().budget = accumulation.cut.bounds
         inputs.examples.clear()  # as Python lists they take several times the memory
         every = self.args.torch_empty_cache_steps
         if every is not None and self.state.global_step % every == 0:
@@ -214,13 +215,14 @@ class Attached(Evaluated):
             sizes,
             accumulation.effective_batch_size,
             memory=accumulation.memory,
+            optimizer=accumulation.optimizer,
             aside=self._aside,
-            name=f"{type(self).__name__} {getattr(self.args, 'loss_type', '')}",
+            name=f"{type(self).__name__} {getattr(self.args, 'loss_type', '')} "
+            f"{self.accelerator.mixed_precision}",
             may_checkpoint=accumulation.may_checkpoint,
         )
         accumulation.cut.set(found.budget)
         kept.checkpointing = found.checkpointing
-        kept.budget = [found.budget.tokens, found.budget.examples]
 
     def _kept(self) -> SameBatch:
         """Return the callback that checkpoints know; a resumed run may have made a new one."""

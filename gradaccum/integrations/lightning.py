@@ -75,6 +75,7 @@ class Attached(LightningModule):
         super().on_train_start()
         for optimizer in self.trainer.optimizers:
             materialize(optimizer)  # its first step should not be the first to ask for memory
+            self.accumulation.accumulator.optimizer = optimizer
 
     def on_train_epoch_start(self) -> None:  # GradientAccumulationScheduler has set its number
         _refuse_trainer(self)

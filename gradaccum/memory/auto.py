@@ -1,19 +1,15 @@
 """An accumulator that finds its budget itself, by measuring at its first batch."""
 
-import hashlib
-import json
 import logging
-import os
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 import gradaccum.engine
 from gradaccum.batch import HostBatch, as_batch
@@ -21,16 +17,17 @@ from gradaccum.engine import Window
 from gradaccum.errors import BadInput
 from gradaccum.measured import quiet
 from gradaccum.memory import choose
-from gradaccum.memory.cap import Cap, cap_of
+from gradaccum.memory.cap import Cap, cap_of, held_bytes
 from gradaccum.memory.choose import Choice
 from gradaccum.memory.predict import switch
-from gradaccum.memory.probe import Probed, probe
+from gradaccum.memory.probe import EXTRAPOLATED, Probed, probe, shapes
+from gradaccum.memory.remembered import keep, key_of, recall
 from gradaccum.objective import Objective
+from gradaccum.optimizers import materialize, state_bytes
 from gradaccum.state import batch_norms
-from gradaccum.types import GIB, Budget, counted
+from gradaccum.types import Budget, amount, counted
 
 AUTO = "auto"
-EXTRAPOLATED = 1.1  # times what is read off beyond the probes; where it is too little, it recovers
 logger = logging.getLogger(__name__)
 
 
@@ -64,7 +61,7 @@ class Found:
         checkpointing = ", gradient checkpointing on" if self.checkpointing else ""
         return (
             f"about {num} of up to {self.budget}{checkpointing} ({source}; larger are not 2% "
-            f"faster, or take more than the {self.cap.stated_bytes / GIB:.1f} GiB)"
+            f"faster, or take more than the {amount(self.cap.stated_bytes)})"
         )
 
 
@@ -83,6 +80,8 @@ class Accumulator(gradaccum.engine.Accumulator):
             calls.
         memory: What there is for "auto": "20GiB", bytes, or a fraction of the device; by default
             what is available.
+        optimizer: Its state is made before the first batch, where it is known how, and counted.
+            Without it, "auto" leaves no room for the state.
         aside: Keeps what is measured out of the training, where more than random state, buffers
             and dropout have to be put back.
         options: As of `gradaccum.engine.Accumulator`, which tells what is exact and what is not:
@@ -104,6 +103,7 @@ class Accumulator(gradaccum.engine.Accumulator):
         *,
         budget: Budget | Literal["auto"] = AUTO,
         memory: str | float | None = None,
+        optimizer: Optimizer | None = None,
         aside: Callable[..., AbstractContextManager[None]] = quiet,
         **options: Any,
     ) -> None:
@@ -114,6 +114,7 @@ class Accumulator(gradaccum.engine.Accumulator):
         super().__init__(model, objective, budget=given, **options)
         check(memory, is_auto, next(model.parameters(), torch.empty(0)).device)
         self.found: Found | None = None
+        self.optimizer = optimizer
         self._memory = memory
         self._aside = aside
         if is_auto:
@@ -123,9 +124,17 @@ class Accumulator(gradaccum.engine.Accumulator):
         """Do as the engine does; at the first batch, find the budget before."""
         if not isinstance(self.budget, Budget):
             batch = as_batch(batch, self._collate, trim=self.objective.trim)
+            if self.optimizer is not None:
+                materialize(self.optimizer)
             sizes = [self.objective.size(example) for example in batch]
             self.found = find(
-                self, batch, sizes, len(sizes), memory=self._memory, aside=self._aside
+                self,
+                batch,
+                sizes,
+                len(sizes),
+                memory=self._memory,
+                optimizer=self.optimizer,
+                aside=self._aside,
             )
             self.budget = self.found.budget
         return super().prepare(batch)
@@ -150,6 +159,7 @@ def find(
     effective_batch: int,
     *,
     memory: str | float | None,
+    optimizer: Optimizer | None = None,
     aside: Callable[..., AbstractContextManager[None]] = quiet,
     name: str = "",
     may_checkpoint: bool = False,
@@ -162,6 +172,7 @@ def find(
         sizes: Of the data's examples, as far as they are known.
         effective_batch: Examples in one step.
         memory: As of `cap_of`.
+        optimizer: Whose state takes memory as well; on an accelerator it is counted where it lies.
         aside: Keeps what runs inside out of the training.
         name: Tells losses apart that the same model may have.
         may_checkpoint: Where memory costs speed, measure with gradient checkpointing as well, and
@@ -170,8 +181,11 @@ def find(
     begin = time.perf_counter()
     model = accumulator.model
     device = next(model.parameters()).device
-    held = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
-    cap = cap_of(memory, device, held_bytes=held if device.type == "cpu" else _taken(device))
+    if device.type == "cpu":
+        held = held_bytes(model) + (0 if optimizer is None else state_bytes(optimizer))
+    else:
+        held = torch.get_device_module(device).memory_allocated(device)
+    cap = cap_of(memory, device, held_bytes=held)
     if batch_norms(model):
         whole = Budget(examples=effective_batch)
         return _said(
@@ -182,12 +196,15 @@ def find(
 
     def weighed() -> tuple[list[Choice], int]:
         """Return what each budget means, and how many probes it took to tell."""
-        key = _key(accumulator, device, name)
-        probed, num = _remembered(key), 0
+        probes = shapes(list(map(accumulator.objective.size, host)), device)
+        key = key_of(accumulator, device, probes, name)
+        probed, num = recall(key), 0
         if probed is None:
             probed, num = probe(accumulator, host, aside)
-            _remember(key, probed)
-        return [choose.weigh(budget, drawn, _Careful(probed)) for budget in budgets], num
+            if num == len(probes) > 1:
+                keep(key, probed)
+        careful = _Careful(probed, held)
+        return [choose.weigh(budget, drawn, careful) for budget in budgets], num
 
     checkpointing = False if may_checkpoint else None
     switch(model, on=checkpointing)
@@ -217,73 +234,19 @@ def _said(found: Found) -> Found:
 
 @dataclass(frozen=True, slots=True)
 class _Careful:
-    """Forecast with room for what lies beyond the probes."""
+    """Forecast with room for what lies beyond the probes.
+
+    Args:
+        probed: What they have told.
+        held_bytes: What is there before a micro-batch runs.
+    """
 
     probed: Probed
+    held_bytes: int
 
     def seconds(self, rows: int, length: int) -> float:
         return self.probed.seconds(rows, length)
 
     def peak_bytes(self, rows: int, length: int) -> int:
-        fixed = self.probed.sizes[0]
-        return round(fixed + EXTRAPOLATED * (self.probed.peak_bytes(rows, length) - fixed))
-
-
-def _taken(device: torch.device) -> int:
-    return torch.get_device_module(device).memory_allocated(device)
-
-
-def _key(accumulator: gradaccum.engine.Accumulator, device: torch.device, name: str) -> str:
-    """Return what the probes depend on: model, loss, device and versions, not the weights."""
-    model = accumulator.model
-    place = device.type
-    if device.type not in ("cpu", "mps"):
-        place = torch.get_device_module(device).get_device_name(device)
-    loss = accumulator.objective.loss
-    parts = (
-        gradaccum.__version__,
-        torch.__version__,
-        place,
-        torch.get_num_threads(),
-        type(model).__name__,
-        [(n, tuple(p.shape), str(p.dtype), p.requires_grad) for n, p in model.named_parameters()],
-        [type(m).__name__ + str(getattr(m, "gradient_checkpointing", "")) for m in model.modules()],
-        accumulator.objective.unit,
-        f"{loss.__module__}.{loss.__qualname__}",
-        name,
-        torch.is_autocast_enabled(device.type),
-    )
-    return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
-
-
-def _file() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "gradaccum" / "probes.json"
-
-
-def _kept() -> dict[str, Any]:
-    try:
-        found = json.loads(_file().read_text())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def _remembered(key: str) -> Probed | None:
-    try:
-        entry = _kept()[key]
-        return Probed(tuple(entry["times"]), tuple(entry["sizes"]))
-    except (KeyError, TypeError):
-        return None
-
-
-def _remember(key: str, probed: Probed) -> None:
-    """Keep the probes in a file, whole or not at all; where that cannot be, measure again."""
-    path = _file()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-            json.dump(_kept() | {key: asdict(probed)}, file)
-        os.replace(file.name, path)
-    except OSError as error:
-        logger.info("the probes are not kept: %s", error)
+        fixed, found = round(self.probed.sizes[0]), self.probed.peak_bytes(rows, length)
+        return self.held_bytes + fixed + round(EXTRAPOLATED * (found - fixed))

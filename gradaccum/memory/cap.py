@@ -4,10 +4,11 @@ import re
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from gradaccum.device import available_bytes, total_bytes
 from gradaccum.errors import BadInput
-from gradaccum.types import GIB
+from gradaccum.types import amount
 
 UNITS = {"": 1, "b": 1} | {
     f"{prefix}{binary}b": (1024 if binary else 1000) ** power
@@ -76,6 +77,11 @@ def cap_of(
     return Cap(stated, max(0, left), texts)
 
 
+def held_bytes(model: nn.Module) -> int:
+    """Return what parameters and buffers take."""
+    return sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+
+
 def _stated(memory: str | float | None, device: torch.device, held: int) -> tuple[int, str]:
     is_here = device.type == "cpu" or torch.accelerator.is_available()
     if memory is None:
@@ -85,17 +91,17 @@ def _stated(memory: str | float | None, device: torch.device, held: int) -> tupl
         share = AVAILABLE if device.type == "cpu" else 1.0
         stated = held + round(free * share)
         part = f"{share:.0%} of " if share < 1 else ""
-        return stated, f"{stated / GIB:.1f} GiB: {part}what is available on this {device.type}"
+        return stated, f"{amount(stated)}: {part}what is available on this {device.type}"
     number, unit = _parsed(memory)
     if not unit and 0 < number <= 1:
         if not is_here:
             raise BadInput(f"memory={memory} is a fraction, and there is no GPU here", hint=HINT)
         total = total_bytes(device)
-        return round(number * total), f"{number:.0%} of the {total / GIB:.1f} GiB of {device.type}"
+        return round(number * total), f"{number:.0%} of the {amount(total)} of {device.type}"
     stated = round(number * UNITS[unit])
     if stated < MIB:
         raise BadInput(f"memory={memory!r} is {stated:,} bytes, too few for anything", hint=HINT)
-    return stated, f"{stated / GIB:.1f} GiB, as stated"
+    return stated, f"{amount(stated)}, as stated"
 
 
 def _parsed(memory: str | float) -> tuple[float, str]:

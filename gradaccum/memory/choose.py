@@ -28,6 +28,7 @@ class Choice:
     Args:
         budget: The largest micro-batch.
         num_micros: Micro-batches of an effective batch, in the mean.
+        most_micros: The same of that which has most.
         rows: Of the micro-batch that takes the most memory.
         length: Its tokens a row.
         peak_bytes: What a step takes at its peak, in the worst effective batch.
@@ -36,6 +37,7 @@ class Choice:
 
     budget: Budget
     num_micros: float
+    most_micros: int
     rows: int
     length: int
     peak_bytes: int
@@ -76,18 +78,19 @@ def budgets(lengths: Sequence[int], effective_batch: int) -> list[Budget]:
 
 def weigh(budget: Budget, drawn: Sequence[Sequence[int]], forecast: Forecast) -> Choice:
     """Return what a budget means, over effective batches of which the last is the worst."""
-    seconds, num_micros, peaks = 0.0, 0, []
+    seconds, num_micros, most, peaks = 0.0, 0, 0, []
     for window in drawn:
         shapes = [
             (len(m.examples), m.size // len(m.examples)) for m in split(list(window), SIZES, budget)
         ]
+        most = max(most, len(shapes))
         peaks += [(forecast.peak_bytes(*shape), shape) for shape in set(shapes)]
         if window is not drawn[-1]:
             seconds += sum(forecast.seconds(*shape) for shape in shapes)
             num_micros += len(shapes)
     peak, (rows, length) = max(peaks)
     num = len(drawn) - 1
-    return Choice(budget, num_micros / num, rows, length, peak, seconds / num)
+    return Choice(budget, num_micros / num, most, rows, length, peak, seconds / num)
 
 
 def best(choices: Sequence[Choice], cap_bytes: int) -> Choice | None:

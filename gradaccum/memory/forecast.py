@@ -7,23 +7,34 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves
 
 from gradaccum.measured import quiet
+from gradaccum.memory.cap import held_bytes
 from gradaccum.memory.machine import Machine
-from gradaccum.memory.predict import Envelope, Job, Operations, is_large, switch, trace
-from gradaccum.memory.probe import Probed, measure, shapes
+from gradaccum.memory.predict import (
+    Envelope,
+    Job,
+    Operations,
+    as_trained,
+    is_large,
+    needs_whole,
+    switch,
+    trace,
+)
+from gradaccum.memory.probe import EXTRAPOLATED, Probed, measure, shapes
 from gradaccum.memory.recipes import FourBit
 from gradaccum.memory.tracker import (
     ACTIVATIONS,
     AFTER,
     CATEGORIES,
     INPUTS,
+    PARAMETERS,
     STATE,
     TEMPORARIES,
     Tracker,
 )
-from gradaccum.optimizers import materialize
+from gradaccum.memory.twin import plain_tensors
+from gradaccum.optimizers import materialize, state_bytes
 
 MIDDLE = 0.6  # the part of the examples that are shorter than a row of middle length
 PASSING = (ACTIVATIONS, TEMPORARIES, INPUTS)
@@ -48,7 +59,7 @@ class Traced:
         ordered = sorted(lengths)
         longest, middle = ordered[-1], ordered[int(MIDDLE * len(ordered))]
         kinds = [middle, longest] if 2 * middle < longest else [longest]
-        is_first = job.padded or is_large(job.model)
+        is_first = (job.padded or is_large(job.model)) and not needs_whole(job.model)
         self._alone = Operations(job, 1, longest) if is_first else None
         most = sum(self._alone.categories().values()) if self._alone is not None else 0
         self.is_hopeless = is_large(job.model) and most > cap_bytes
@@ -63,7 +74,7 @@ class Traced:
         self._peak = functools.cache(lambda of, rows: of.peak_bytes(rows))
         self._probed = _probed(job, lengths) if machine.is_here and is_small(job.model) else None
         if self._alone is not None:
-            self._seconds_alone = machine.seconds(*self._alone.costs(1))
+            self._seconds_alone = machine.seconds(*self._alone.costs(self._alone.last))
 
     def seconds(self, rows: int, length: int) -> float:
         """Return the time of a micro-batch, forward and backward."""
@@ -94,8 +105,9 @@ class Traced:
 
 def is_small(model: nn.Module) -> bool:
     """Tell whether the model can be made here with random weights and run a few times."""
-    held = sum(p.numel() * p.element_size() for p in model.parameters())
-    return held < SMALL and not any(isinstance(m, FourBit) for m in model.modules())
+    if any(isinstance(m, FourBit) for m in model.modules()):
+        return False
+    return held_bytes(model) < SMALL and not any(t.is_meta for t in plain_tensors(model))
 
 
 class Measured:
@@ -110,20 +122,27 @@ class Measured:
 
     def __init__(self, job: Job, lengths: Sequence[int]) -> None:
         self._probed, model = _probed(job, lengths), copy.deepcopy(job.model)
+        self._held = held_bytes(model)
         optimizer = job.optimizer([p for p in model.parameters() if p.requires_grad])
-        materialize(optimizer)
-        state = tree_leaves(list(optimizer.state.values()))
-        self._state = sum(t.nbytes for t in state if isinstance(t, torch.Tensor))
+        if not materialize(optimizer):
+            for p in model.parameters():
+                p.grad = torch.zeros_like(p) if p.requires_grad else None
+            optimizer.step()  # of a copy: its values do not matter
+        self._state = state_bytes(optimizer)
         self.seconds = self._probed.seconds
 
     def peak_bytes(self, rows: int, length: int) -> int:
         """Return what a step with such micro-batches takes at its peak."""
-        return self._probed.peak_bytes(rows, length) + self._state
+        return sum(self.categories(rows, length).values())
 
     def categories(self, rows: int, length: int) -> dict[str, int]:
-        """Return the same; of what was measured it is not known what it was for."""
-        taken = self._probed.peak_bytes(rows, length)
-        return dict.fromkeys(CATEGORIES, 0) | {ACTIVATIONS: taken, STATE: self._state}
+        """Return the same; gradients are told as activations, since it was measured at once."""
+        taken = round(EXTRAPOLATED * self._probed.peak_bytes(rows, length))
+        return dict.fromkeys(CATEGORIES, 0) | {
+            PARAMETERS: self._held,
+            ACTIVATIONS: taken,
+            STATE: self._state,
+        }
 
 
 def beyond_tensors(job: Job, length: int) -> int:
@@ -132,13 +151,13 @@ def beyond_tensors(job: Job, length: int) -> int:
     That is the workspace of cuBLAS, and what kernels keep that no trace sees.
     """
     expected = trace(dataclasses.replace(job, optimizer=torch.optim.SGD), 1, length).peak_bytes
-    held = torch.accelerator.memory_allocated() if torch.accelerator.is_available() else 0
-    return max(0, _probed(job, [length]).peak_bytes(1, length) - held - expected)
+    taken = held_bytes(job.model) + _probed(job, [length]).peak_bytes(1, length)
+    return max(0, taken - expected)
 
 
 def _probed(job: Job, lengths: Sequence[int]) -> Probed:
     """Return what three short micro-batches take, with random weights if there are none."""
-    device = torch.device("cuda" if job.as_cuda else "cpu")
+    device = torch.device("cuda" if job.as_cuda and torch.cuda.is_available() else "cpu")
     model = copy.deepcopy(job.model)
     with torch.random.fork_rng():
         if next(model.parameters()).is_meta:
@@ -146,8 +165,13 @@ def _probed(job: Job, lengths: Sequence[int]) -> Probed:
             with torch.no_grad():
                 for t in (*model.parameters(), *model.buffers()):
                     t.normal_(0, 0.02) if t.is_floating_point() else t.zero_()
-        model.to(device).train()
+        as_trained(model.to(device))
         switch(model, job.checkpointing)
         engine = job.accumulator(model, Tracker())
-        given = {shape: functools.partial(job.inputs, *shape) for shape in shapes(lengths, device)}
-        return measure(engine, given, device, quiet)[0]
+        least = 2 if needs_whole(model) else 1  # of rows
+        given = {
+            shape: functools.partial(job.inputs, *shape)
+            for shape in shapes(lengths, device)
+            if shape[0] >= least
+        }
+        return measure(engine, given, device, quiet, num_micros=job.num_micros)[0]

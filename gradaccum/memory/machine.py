@@ -36,6 +36,7 @@ class Machine:
 # Only ratios of its times are told, and those are alike on other GPUs.
 GPU = {
     torch.bfloat16: Machine("a data-centre GPU", 190e12, 1.6e12, 6e-6),
+    torch.float16: Machine("a data-centre GPU", 190e12, 1.6e12, 6e-6),
     torch.float32: Machine("a data-centre GPU", 15e12, 1.6e12, 6e-6),
 }
 SIDE, COPIED = 1024, 2**24  # of a product; elements of a copy

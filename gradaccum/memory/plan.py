@@ -16,15 +16,15 @@ from torch import nn
 from gradaccum.batch import Collate, as_batch
 from gradaccum.errors import BadInput, DoesNotFit
 from gradaccum.memory import choose
-from gradaccum.memory.cap import Cap, cap_of
+from gradaccum.memory.cap import Cap, cap_of, held_bytes
 from gradaccum.memory.choose import Choice
 from gradaccum.memory.forecast import Measured, Traced, beyond_tensors, is_small
 from gradaccum.memory.machine import GPU, Machine, measure
-from gradaccum.memory.predict import Job, is_large, trace
+from gradaccum.memory.predict import Job, is_checkpointing, is_large, needs_whole, trace
 from gradaccum.memory.recipes import MakeOptimizer, optimizer_of
-from gradaccum.memory.tracker import CATEGORIES
+from gradaccum.memory.tracker import CATEGORIES, GRADIENTS
 from gradaccum.objective import Objective, causal_lm
-from gradaccum.types import GIB, Budget, counted
+from gradaccum.types import Budget, amount, counted
 
 CHECKPOINTED = 1.15  # times the work, at the least: 1.23 measured on a full model, more with LoRA
 LENGTH = 1024  # tokens of each example where nothing else is said, as TRL's max_length
@@ -65,6 +65,7 @@ class Plan:
 
     Args:
         effective_batch: Examples in one step.
+        longest: Tokens of the longest example.
         chosen: Of the options within 2% of the fastest that fits, the one of least memory.
         options: All that were looked at, by settings and then by size.
         cap: What memory there is.
@@ -77,6 +78,7 @@ class Plan:
     """
 
     effective_batch: int
+    longest: int
     chosen: Option
     options: tuple[Option, ...]
     cap: Cap
@@ -94,9 +96,9 @@ class Plan:
         size = f"{one.rows} x {one.length:,} tokens" if is_even else f"up to {one.budget}"
         about = "" if is_even else "about "
         text = (
-            f"effective batch {self.effective_batch:,} on {_gib(self.cap.stated_bytes)}: {about}"
+            f"effective batch {self.effective_batch:,} on {amount(self.cap.stated_bytes)}: {about}"
             f"{counted(one.num_micros, 'micro-batch')} of {size}, "
-            f"{_gib(one.peak_bytes)}, checkpointing {'on' if one.checkpointing else 'off'}"
+            f"{amount(one.peak_bytes)}, checkpointing {'on' if one.checkpointing else 'off'}"
         )
         if one.chunk is not None:
             text += f", loss in chunks of {one.chunk:,}"
@@ -164,36 +166,56 @@ def plan(
         raise BadInput(f"effective_batch={effective_batch!r} is not a whole number of at least 1")
     place = torch.device(device or _device_here())
     if place.type not in ("cpu", "cuda"):
-        raise BadInput(f"device={device!r} is neither cpu nor cuda")
+        raise BadInput(
+            f"a plan is for cpu or cuda, and the device is {place.type}",
+            hint='device="cuda", memory="24GiB" plans for a GPU that is elsewhere',
+        )
     objective = objective or causal_lm()
     sizes, inputs = _inputs(lengths, examples, collate, objective)
     make, assumed = optimizer_of(optimizer)
     built = _module(model)
-    held = sum(p.numel() * p.element_size() for p in built.parameters())
+    held = held_bytes(built)
     cap = cap_of(memory, place, held_bytes=held if place.type == "cpu" else 0)
     if held > cap.num_bytes:
         raise DoesNotFit(
-            f"the parameters alone take {_gib(held)}, and there are {_gib(cap.num_bytes)} for "
-            f"tensors of the {_gib(cap.stated_bytes)}",
+            f"the parameters alone take {amount(held)}, and there are {amount(cap.num_bytes)} for "
+            f"tensors of the {amount(cap.stated_bytes)}",
             hint="a smaller dtype (bfloat16), 4-bit weights with LoRA, or more memory",
         )
     if place.type == "cuda":
         make = _as_on_cuda(make)
     here = place.type == "cpu" or torch.accelerator.is_available()
-    dtype = autocast or next(built.parameters()).dtype
+    floats = (p.dtype for p in built.parameters() if p.is_floating_point())
+    dtype = autocast or next(floats, torch.float32)
     machine = measure(place, dtype) if here else GPU.get(dtype, GPU[torch.float32])
-    job = Job(built, objective, make, inputs, len(set(sizes)) > 1, autocast, place.type == "cuda")
+    whole = needs_whole(built)
+    job = Job(
+        built,
+        objective,
+        make,
+        inputs,
+        padded=len(set(sizes)) > 1,
+        autocast=autocast,
+        as_cuda=place.type == "cuda",
+        num_micros=1 if whole or effective_batch == 1 else 2,
+    )
     if place.type == "cuda" and here and is_small(built):
         with contextlib.suppress(Exception):  # what cannot be traced is told below
             cap = cap_of(memory, place, beyond_bytes=beyond_tensors(job, max(sizes)))
     drawn = choose.windows(sizes, effective_batch)
-    found = _Options(job, drawn, effective_batch, cap, machine, checkpointing)
+    budgets = choose.budgets(sizes, effective_batch)
+    if whole:
+        budgets = [Budget(examples=effective_batch)]
+    found = _Options(job, drawn, budgets, cap, machine, checkpointing)
     options = found.all()
     chosen = found.confirmed(options)
     texts = [*cap.assumptions, assumed, *assumptions, *found.notes]
+    if whole:
+        texts.append("BatchNorm in training mode needs the whole batch in one micro-batch")
     if not machine.is_here:
         texts.append(f"times are relative: those of {machine.name}, by what operations take")
-    return Plan(effective_batch, chosen, tuple(options), cap, machine, tuple(filter(None, texts)))
+    texts = tuple(filter(None, texts))
+    return Plan(effective_batch, max(sizes), chosen, tuple(options), cap, machine, texts)
 
 
 class _Options:
@@ -203,12 +225,12 @@ class _Options:
         self,
         job: Job,
         drawn: list[list[int]],
-        effective_batch: int,
+        budgets: list[Budget],
         cap: Cap,
         machine: Machine,
         checkpointing: bool | None,
     ) -> None:
-        self._job, self._drawn, self._size = job, drawn, effective_batch
+        self._job, self._drawn, self._budgets = job, drawn, budgets
         self._cap, self._machine, self._wanted = cap, machine, checkpointing
         self.notes: list[str] = []
         self._settings: dict[int, Setting] = {}
@@ -235,13 +257,17 @@ class _Options:
                 forecast = Measured(self._with(setting), sizes)
                 self._untraced.add(setting)
             choices: list[Choice] = []
-            budgets = choose.budgets(sizes, self._size)
-            for budget in budgets[: 1 if forecast.is_hopeless else None]:
+            for budget in self._budgets[: 1 if forecast.is_hopeless else None]:
                 choice = choose.weigh(budget, self._drawn, forecast)
                 if not choices or dataclasses.replace(choices[-1], budget=budget) != choice:
                     choices.append(choice)
             for choice in choices:
                 option = self._option(choice, setting, forecast)
+                beside = option.peak_bytes - option.categories[GRADIENTS]
+                is_whole = choice.most_micros == 1 and setting not in self._untraced
+                if is_whole and not option.fits and beside <= self._cap.num_bytes:
+                    option = self._traced(option, setting, 1)  # it finds no gradients
+                    choice = dataclasses.replace(choice, peak_bytes=option.peak_bytes)
                 self._settings[id(option)], self._choices[id(option)] = setting, choice
                 found.append(option)
         if not found:
@@ -254,7 +280,8 @@ class _Options:
         if failed is not None:
             self.notes.append(
                 "what could not be traced without values was measured on three short micro-batches "
-                f"if there are weights, else left out: {_first_line(failed)}"
+                f"{'on this CPU ' if not torch.cuda.is_available() else ''}if there are weights, "
+                f"else left out: {_first_line(failed)}"
             )
         return found
 
@@ -283,20 +310,8 @@ class _Options:
             setting = self._settings[id(option)]
             if setting in self._untraced:
                 return option
-            num_micros = 1 if option.num_micros == 1 else 2
-            traced = trace(
-                self._with(setting),
-                option.rows,
-                option.length,
-                num_micros=num_micros,
-                is_short=num_micros == 2 and is_large(self._job.model),
-            )
-            found = dataclasses.replace(
-                option,
-                peak_bytes=traced.peak_bytes,
-                categories=dict(traced.peak),
-                fits=traced.peak_bytes <= self._cap.num_bytes,
-            )
+            is_whole = self._choices[id(option)].most_micros == 1
+            found = self._traced(option, setting, 1 if is_whole else 2)
             options[next(i for i, other in enumerate(options) if other is option)] = found
             if found.fits:
                 return found
@@ -304,15 +319,31 @@ class _Options:
         least = min(options, key=lambda option: option.peak_bytes)
         raise DoesNotFit(
             f"one micro-batch of {least.rows} x {least.length:,} tokens takes at least "
-            f"{_gib(least.peak_bytes)} ({_listed(least.categories)}), and there are "
-            f"{_gib(self._cap.num_bytes)} for tensors of the {_gib(self._cap.stated_bytes)}",
+            f"{amount(least.peak_bytes)} ({_listed(least.categories)}), and there are "
+            f"{amount(self._cap.num_bytes)} for tensors of the {amount(self._cap.stated_bytes)}",
             hint="shorter examples (max_length), LoRA, an 8-bit or paged optimizer, a smaller "
             "dtype, or more memory",
         )
 
+    def _traced(self, option: Option, setting: Setting, num_micros: int) -> Option:
+        """Return the option with what a trace of its largest micro-batch takes."""
+        traced = trace(
+            self._with(setting),
+            option.rows,
+            option.length,
+            num_micros=num_micros,
+            is_short=num_micros == 2 and is_large(self._job.model),
+        )
+        return dataclasses.replace(
+            option,
+            peak_bytes=traced.peak_bytes,
+            categories=dict(traced.peak),
+            fits=traced.peak_bytes <= self._cap.num_bytes,
+        )
+
     def _switches(self) -> Iterator[Setting]:
         can_switch = hasattr(self._job.model, "gradient_checkpointing_enable")
-        is_on = bool(getattr(self._job.model, "is_gradient_checkpointing", False))
+        is_on = bool(is_checkpointing(self._job.model))
         states = [is_on]
         if can_switch:
             states = [False, True] if self._wanted is None else [self._wanted]
@@ -380,7 +411,7 @@ def _inputs(
 
 
 def _module(given: Any) -> nn.Module:
-    """Return what is to be traced: a copy in training mode, that shares the parameters."""
+    """Return what is to be traced: the module itself, or a model of the configuration."""
     if isinstance(given, nn.Module):
         return given
     if not hasattr(given, "to_dict"):
@@ -416,12 +447,8 @@ def _device_here() -> str:
 
 def _listed(categories: dict[str, int]) -> str:
     parts = sorted(((categories.get(name, 0), name) for name in CATEGORIES), reverse=True)
-    return ", ".join(f"{name} {_gib(num)}" for num, name in parts[:3] if num)
+    return ", ".join(f"{name} {amount(num)}" for num, name in parts[:3] if num)
 
 
 def _first_line(error: BaseException) -> str:
     return (str(error) or type(error).__name__).splitlines()[0][:160]
-
-
-def _gib(num_bytes: float) -> str:
-    return f"{num_bytes / GIB:.1f} GiB" if num_bytes >= GIB / 10 else f"{num_bytes / 2**20:.1f} MiB"

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from gradaccum.batch import Listed
@@ -24,6 +25,7 @@ from gradaccum.memory.machine import Machine
 from gradaccum.memory.tracker import AFTER, CATEGORIES, Op, Tracker
 from gradaccum.memory.twin import fake_like, faking, twin_of
 from gradaccum.objective import Objective, unweighted
+from gradaccum.state import batch_norms
 from gradaccum.trees import map_leaves
 from gradaccum.types import Budget
 
@@ -35,7 +37,8 @@ class Job:
     """Say what one step is.
 
     Args:
-        model: Real or on the meta device, in the mode in which it is trained.
+        model: Real or on the meta device. In eval mode it is put into training mode; otherwise
+            modules that are in eval mode (frozen BatchNorm) stay there.
         objective: Its loss is traced; nothing is counted.
         optimizer: Makes the optimizer of some parameters.
         inputs: Makes the collated micro-batch of so many rows and so many tokens each.
@@ -44,6 +47,7 @@ class Job:
         as_cuda: Count as on CUDA, as far as that is known, see `Tracker`.
         checkpointing: Whether activations are computed again in backward, where the model has the
             switch that those of transformers have; None: as it is.
+        num_micros: 2, of which the second finds gradients; 1 where a step has no more.
     """
 
     model: nn.Module
@@ -54,6 +58,7 @@ class Job:
     autocast: torch.dtype | None = None
     as_cuda: bool = False
     checkpointing: bool | None = None
+    num_micros: int = 2
 
     def window(self, rows: int, length: int, num_micros: int) -> Window:
         """Return a window of so many equal micro-batches."""
@@ -104,7 +109,7 @@ def trace(
     rows: int,
     length: int,
     *,
-    num_micros: int = 2,
+    num_micros: int | None = None,
     is_short: bool = False,
     record: bool = False,
 ) -> Tracker:
@@ -114,7 +119,7 @@ def trace(
         job: What one step is.
         rows: Of each micro-batch.
         length: Tokens of each row.
-        num_micros: 2, of which the second finds gradients; 1 if there is no more in a step.
+        num_micros: Instead of the job's own.
         is_short: The first of two leaves gradients of all trained parameters without a forward:
             half the time, and too much where the loss does not use some.
         record: As of `Tracker`.
@@ -123,11 +128,11 @@ def trace(
         Exception: The forward depends on values, which the twin does not have.
     """
     tracker = Tracker(record=record, as_cuda=job.as_cuda)
-    window = job.window(rows, length, num_micros)
+    window = job.window(rows, length, num_micros or job.num_micros)
     with faking(job.model, padded=job.padded and rows > 1) as mode:
         same = functools.cache(functools.partial(fake_like, mode=mode))  # one for each tensor
         inputs = map_leaves(window.inputs, same)
-        model = twin_of(job.model, mode).train()
+        model = as_trained(twin_of(job.model, mode))
         switch(model, job.checkpointing)
         optimizer = job.optimizer(_trained(model))
         for p in _trained(model):
@@ -166,11 +171,30 @@ def _kept(model: Any, rows: int, length: int) -> Callable[[], Any]:
     return lambda: [torch.empty(shape, dtype=weight.dtype) for _ in range(2)]
 
 
-def switch(model: Any, on: bool | None) -> None:
-    """Switch checkpointing of a twin on or off, if it is the other."""
+def as_trained(model: nn.Module) -> nn.Module:
+    """Put a model into training mode; one that is there already keeps what it has frozen."""
+    return model if model.training else model.train()
+
+
+def needs_whole(model: nn.Module) -> bool:
+    """Tell whether BatchNorm will normalise by the statistics of a micro-batch."""
+    if model.training:
+        return bool(batch_norms(model))
+    return any(isinstance(module, _BatchNorm) for module in model.modules())
+
+
+def is_checkpointing(model: Any) -> bool | None:
+    """Tell whether checkpointing is on; None where the model has no switch for it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of names that are about to change
-        if on is None or on == getattr(model, "is_gradient_checkpointing", on):
+        return getattr(model, "is_gradient_checkpointing", None)
+
+
+def switch(model: Any, on: bool | None) -> None:
+    """Switch checkpointing on or off, if it is the other."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        if on is None or is_checkpointing(model) in (None, on):
             return
         if on:
             model.gradient_checkpointing_enable(
@@ -231,9 +255,11 @@ class Envelope:
         return round(self._between(rows, lambda traced: traced.total.max()).item())
 
     def seconds(self, rows: float, machine: Machine) -> float:
-        """Return the time of a micro-batch: the second of a step, which adds to gradients."""
+        """Return the time of a micro-batch: the last of a step, which adds to gradients."""
         if not self.is_exact:
-            return self._between(rows, lambda t: torch.tensor(machine.seconds(*t.costs(1)))).item()
+            return self._between(
+                rows, lambda t: torch.tensor(machine.seconds(*t.costs(t.last)))
+            ).item()
         flops, moved, num = self._costs
         low, high = (traced.rows for traced in self._known)
         share = torch.tensor([high - rows, rows - low], dtype=torch.float64) / (high - low)
@@ -247,7 +273,7 @@ class Envelope:
     @functools.cached_property
     def _costs(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return FLOPs and bytes moved in both traces, (ops, 2), and how often each."""
-        low, high = (torch.stack(traced.costs(1)[:2], dim=-1) for traced in self._known)
+        low, high = (torch.stack(traced.costs(traced.last)[:2], dim=-1) for traced in self._known)
         # Layers repeat: of 30,000 operations some hundred differ.
         rows, num = torch.cat([low, high], dim=-1).unique(dim=0, return_counts=True)
         return rows[:, [0, 2]], rows[:, [1, 3]], num
@@ -265,8 +291,8 @@ class Operations:
     """Hold the operations of one traced step as tensors."""
 
     def __init__(self, job: Job, rows: int, length: int) -> None:
-        self.rows = rows
-        is_short = is_large(job.model)
+        self.rows, self.last = rows, job.num_micros - 1
+        is_short = is_large(job.model) and job.num_micros == 2
         ops: list[Op] = trace(job, rows, length, is_short=is_short, record=True).ops
         part, *others = (torch.tensor(column) for column in zip(*ops, strict=True))
         self.part = part

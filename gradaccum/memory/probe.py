@@ -3,13 +3,14 @@
 Three short micro-batches tell time and memory of any other:
 
     seconds = t0 + t1 * tokens + t2 * rows * length^2
-    bytes   = m0 + m1 * tokens + m2 * rows * length^2
+    bytes   = m0 + m1 * tokens + m2 * rows * length^2, beyond what was there before
 
 Nothing of it belongs to the training: gradients are dropped, random state and buffers put back.
 """
 
 import copy
 import itertools
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from torch import nn
 from gradaccum.batch import HostBatch, Listed
 from gradaccum.device import release, suppressing_out_of_memory
 from gradaccum.engine import Accumulator, Window
-from gradaccum.memory.tracker import Tracker
+from gradaccum.memory.tracker import BUFFERS, PARAMETERS, Tracker
 from gradaccum.objective import unweighted
 from gradaccum.state import Random
 from gradaccum.types import Micro
@@ -30,6 +31,7 @@ from gradaccum.types import Micro
 # Tokens of the probe of several rows: enough to see what a token costs, few enough to be short.
 TOKENS = {"cpu": 512}
 OTHER_TOKENS = 4096
+EXTRAPOLATED = 1.1  # times what is read off beyond the probes; where it is too little, it recovers
 SHORT = 0.2  # seconds, below which a probe is run twice
 Shape = tuple[int, int]
 
@@ -40,16 +42,21 @@ class Probed:
 
     Args:
         times: t0, t1, t2 in seconds.
-        sizes: m0, m1, m2 in bytes; m0 holds parameters, gradients and all else that is there.
+        sizes: m0, m1, m2 in bytes; m0 holds gradients, no parameters.
+        too_large: Padded tokens of the smallest that did not fit.
     """
 
     times: tuple[float, float, float]
     sizes: tuple[float, float, float]
+    too_large: int = sys.maxsize
 
     def seconds(self, rows: int, length: int) -> float:
         return _at(self.times, (rows, length))
 
     def peak_bytes(self, rows: int, length: int) -> int:
+        """Return what it takes beyond what is there before."""
+        if rows * length >= self.too_large:
+            return sys.maxsize
         return round(_at(self.sizes, (rows, length)))
 
 
@@ -81,6 +88,7 @@ def measure(
     given: Mapping[Shape, Callable[[], Any]],
     device: torch.device,
     aside: Callable[..., AbstractContextManager[None]],
+    num_micros: int = 2,
 ) -> tuple[Probed, int]:
     """Run micro-batches for their memory, then for their time; return what they tell, and how many.
 
@@ -89,17 +97,21 @@ def measure(
         given: What makes the inputs of each, by rows and tokens of a row.
         device: Of the model.
         aside: As of `probe`.
+        num_micros: Of the step whose memory is told; from the second on there are gradients.
     """
     seconds: dict[Shape, float] = {}
     peaks: dict[Shape, float] = {}
     for shape, make in given.items():
         with suppressing_out_of_memory(), aside(engine.model, dropout=True):
             inputs = make()
-            peaks[shape] = _peak(engine, _repeated(engine, inputs, shape, 2), device)
+            peaks[shape] = _peak(engine, _repeated(engine, inputs, shape, num_micros), device)
             seconds[shape] = _timed(engine, inputs, shape)
         _clear(engine.model)
     release(device)
-    return Probed(_fitted(seconds), _fitted(peaks)), len(seconds)
+    failed = [rows * length for rows, length in given if (rows, length) not in seconds]
+    fitting = {shape: peaks[shape] for shape in seconds}
+    probed = Probed(_fitted(seconds), _fitted(fitting), min(failed, default=sys.maxsize))
+    return probed, len(seconds)
 
 
 def shapes(sizes: Sequence[int], device: torch.device) -> list[Shape]:
@@ -154,6 +166,7 @@ def _repeated(engine: Accumulator, inputs: Any, shape: Shape, num: int) -> Windo
 
 
 def _peak(accumulator: Accumulator, window: Window, device: torch.device) -> int:
+    """Return the most bytes that are alive, beyond parameters and what else there was before."""
     if device.type == "cpu":
         tracker = Tracker()
         tracker.follow(accumulator.model, None, window.inputs)
@@ -163,12 +176,13 @@ def _peak(accumulator: Accumulator, window: Window, device: torch.device) -> int
         finally:
             tracker.close()
         _clear(accumulator.model)
-        return tracker.peak_bytes
+        return tracker.peak_bytes - tracker.peak[PARAMETERS] - tracker.peak[BUFFERS]
     module = torch.get_device_module(device)
+    before = module.memory_allocated(device)
     module.reset_peak_memory_stats(device)
     accumulator.attempt(window)
     _clear(accumulator.model)
-    return module.max_memory_allocated(device)
+    return module.max_memory_allocated(device) - before
 
 
 def _clear(model: nn.Module) -> None:

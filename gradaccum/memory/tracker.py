@@ -19,6 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
+from gradaccum.memory.twin import plain_tensors
+
 PARAMETERS, BUFFERS, GRADIENTS = "parameters", "buffers", "gradients"
 STATE, ACTIVATIONS, TEMPORARIES, INPUTS = "optimizer state", "activations", "temporaries", "inputs"
 CATEGORIES = (PARAMETERS, BUFFERS, GRADIENTS, STATE, ACTIVATIONS, TEMPORARIES, INPUTS)
@@ -92,6 +94,7 @@ class Tracker(TorchDispatchMode):
             if p.requires_grad:
                 self._handles.append(_after_accumulation(p, self._add_gradient))
         self._add_all(model.buffers(), BUFFERS)
+        self._add_all(plain_tensors(model), BUFFERS)
         self._add_all(tree_leaves(inputs), INPUTS)
         if optimizer is not None:
             self._add_state(optimizer)

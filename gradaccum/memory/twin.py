@@ -14,6 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+OWN = ("_parameters", "_buffers", "_modules")  # of nn.Module
 
 
 def twin_of(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
@@ -22,20 +25,41 @@ def twin_of(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
     Ties, hooks, adapters and checkpointing stay as they are.
     """
     memo: dict[int, Any] = {}  # of deepcopy: what is in it already is not copied
-    for tensor in itertools.chain(model.parameters(), model.buffers()):
+    bases: dict[int, Tensor] = {}
+    for tensor in itertools.chain(model.parameters(), model.buffers(), plain_tensors(model)):
         if id(tensor) not in memo:
-            memo[id(tensor)] = fake_like(tensor, mode)
+            memo[id(tensor)] = fake_like(tensor, mode, bases)
     return copy.deepcopy(model, memo)
 
 
-def fake_like(tensor: Any, mode: FakeTensorMode) -> Any:
+def plain_tensors(model: nn.Module) -> Iterator[Tensor]:
+    """Yield the tensors that modules hold as plain attributes, as tables and masks often are."""
+    for module in model.modules():
+        own = {k: v for k, v in vars(module).items() if k not in OWN}
+        yield from (leaf for leaf in tree_leaves(own) if isinstance(leaf, Tensor))
+
+
+def fake_like(tensor: Any, mode: FakeTensorMode, bases: dict[int, Tensor] | None = None) -> Any:
     """Return a tensor of the same shape, strides and dtype without data; other values as they are.
 
     It is on the CPU whatever it is like: without a GPU, torch ends the process on others.
+
+    Args:
+        tensor: Real or on the meta device.
+        mode: In which it is to be used.
+        bases: The storages of tensors before it, by those of the real ones: views share theirs.
     """
     if not isinstance(tensor, Tensor):
         return tensor
-    meta = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+    if tensor.layout is not torch.strided:
+        return copy.copy(tensor)
+    storage = tensor.untyped_storage()
+    num = -(-storage.nbytes() // tensor.element_size())
+    bases = {} if bases is None else bases
+    base = bases.get(storage._cdata)
+    if base is None or base.dtype != tensor.dtype:
+        base = bases[storage._cdata] = torch.empty(num, dtype=tensor.dtype, device="meta")
+    meta = base.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
     fake = FakeTensor(mode, meta, torch.device("cpu"))
     if isinstance(tensor, nn.Parameter):
         return nn.Parameter(fake, tensor.requires_grad)
