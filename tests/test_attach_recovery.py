@@ -1,5 +1,7 @@
 """Trainers whose memory runs out: state, data and logs are those of the smaller budget."""
 
+import json
+
 import pytest
 import torch
 
@@ -119,3 +121,20 @@ def test_a_state_that_does_not_fit_is_said_before_any_step(tmp_path, monkeypatch
     with pytest.raises(DoesNotFit, match=r"state of .* does not fit into memory: Tried") as caught:
         with_adam(tmp_path).train()
     assert "adamw_8bit" in str(caught.value)
+
+
+def test_a_resumed_run_begins_with_what_memory_had_left(tmp_path):
+    """Not with the budget that was found before memory ran out, nor without one."""
+    settings = {"attach": {"effective_batch_size": 12}, "save_strategy": "steps", "save_steps": 2}
+    trainer, _ = build(tmp_path, max_steps=2, **settings)
+    trainer.accumulation.cut.set(WHOLE)
+    short_of_memory(trainer).train()
+    left = trainer.accumulation.cut.budget
+    assert left.tokens <= PART
+    resumed, _ = build(tmp_path, max_steps=3, **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
+    assert resumed.accumulation.cut.budget == left and resumed.accumulation.found is None
+    resumed.train()  # a second run of the same trainer keeps it too
+    assert json.loads((tmp_path / "out" / "checkpoint-2" / "trainer_state.json").read_text())[
+        "stateful_callbacks"
+    ]["SameBatch"]["attributes"]["budget"] == [left.tokens, left.examples]

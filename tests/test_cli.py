@@ -99,6 +99,28 @@ def test_resume_continues_the_very_run(model_dir, data_file, tmp_path, capfd):
     assert logged(whole) == logged(halves)
 
 
+def test_the_checkpoint_alone_resumes_the_run_with_its_flags(model_dir, data_file, tmp_path, capfd):
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    assert run(model_dir, data_file, whole, max_steps=4, lr_scheduler_type="constant") == 0
+    settings = {"max_steps": 2, "lr_scheduler_type": "constant", "save_steps": 2}
+    assert run(model_dir, data_file, halves, **settings) == 0
+    capfd.readouterr()
+    assert train(resume_from_checkpoint=halves / "checkpoint-2", max_steps=4) == 0
+    told = capfd.readouterr().err
+    assert f"flags     of the run, from {halves / 'flags.json'}: --model_name_or_path=" in told
+    assert logged(whole) == logged(halves)
+    before = (halves / "model.safetensors").stat().st_mtime_ns
+    assert train(resume_from_checkpoint="last", output_dir=halves) == 0
+    assert "is the end of the run, 4 of 4 steps" in capfd.readouterr().err
+    assert (halves / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_memory_into_which_nothing_fits_is_refused(model_dir, data_file, tmp_path, capfd):
+    assert run(model_dir, data_file, tmp_path / "out", memory="1.1MiB") == 1
+    told = capfd.readouterr().err
+    assert "even the smallest micro-batch, 1 example of " in told and "of the 1.1 MiB" in told
+
+
 def logged(output):
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     return [(line["step"], line["samples"], line["loss"]) for line in lines]

@@ -223,6 +223,7 @@ def test_what_runs_out_all_the_same_is_recovered():
 def test_a_plan_is_what_a_trace_of_it_takes():
     found = gradaccum.plan(CONFIG, effective_batch=8, lengths=64, memory="2GiB")
     one = found.chosen
+    assert any(option is one for option in found.options)  # the table tells of what was traced
     assert one.fits and one.peak_bytes <= found.cap.num_bytes
     with torch.device("meta"):
         model = LlamaForCausalLM(CONFIG).train()
@@ -371,6 +372,8 @@ def test_a_four_bit_base_is_planned_for_a_gpu(command, config_file):
     ("words", "said", "code"),
     [(["--memory=lots"], "no amount of memory", 2), (["--plot=a.txt"], "neither .png nor .svg", 2),
      (["--device=tpu"], "--device is cpu or cuda", 2), (["--memory=6MiB"], "takes at least", 1),
+     (["--plot=nowhere/a.png"], "no directory nowhere", 2),
+     (["--memory=24"], "did you mean \"24GiB\"?", 2), (["--device=cuda"], "no GPU here", 2),
      (["--load_in_4bit"], "add --use_peft", 2), (["--optim=galore_adamw"], "not known", 2)],
 )  # fmt: skip
 def test_wrong_flags_of_the_command(command, config_file, words, said, code):
@@ -383,6 +386,26 @@ def test_unknown_architectures(command, tmp_path):
     done = command(f"--model_name_or_path={tmp_path}")
     assert done.returncode == 2 and "names no model that is known" in done.stderr
     assert command("--model_name_or_path=./nowhere").returncode == 2
+    heads = {"model_type": "bert", "architectures": ["BertForSequenceClassification"]}
+    (tmp_path / "config.json").write_text(json.dumps(heads))
+    done = command(f"--model_name_or_path={tmp_path}")
+    assert done.returncode == 2 and "is a BertForSequenceClassification" in done.stderr
+
+
+def test_a_module_that_takes_no_tokens_needs_an_objective():
+    with pytest.raises(BadInput, match="Linear fails on the inputs of the plan") as caught:
+        gradaccum.plan(torch.nn.Linear(3, 1), effective_batch=4, memory="1GiB")
+    assert "examples=" in str(caught.value)
+
+
+def test_the_stock_arguments_fit_the_longest_rows():
+    from gradaccum.cli.plan import _to_paste
+
+    lengths = [16] * 40 + [64] * 24
+    found = gradaccum.plan(CONFIG, effective_batch=8, lengths=lengths, memory="1GiB")
+    tokens = found.budget.tokens
+    rows = max(n for n in range(1, max(1, tokens // 64) + 1) if 8 % n == 0)
+    assert f"per_device_train_batch_size={rows}," in "".join(_to_paste(found))
 
 
 class Tabled(torch.nn.Module):

@@ -17,6 +17,7 @@ from trl import ModelConfig, ScriptArguments, SFTConfig, TrlParser
 
 from gradaccum.errors import BadInput
 from gradaccum.memory.auto import AUTO
+from gradaccum.memory.cap import parsed
 from gradaccum.types import Budget
 
 # What `gradaccum train` without a model uses instead of the defaults of TRL.
@@ -137,6 +138,8 @@ def parse(words: list[str], *, others: Iterable[str] = ()) -> Arguments | None:
             f"--memory {own.memory} is for --budget auto, and --budget {own.budget} is given",
             hint="leave out one of them",
         )
+    if own.memory is not None:
+        parsed(own.memory)  # now, and not once the model is built
     return Arguments(script, training, model, size, budget, own.memory, own.json, given)
 
 

@@ -16,7 +16,7 @@ def draw(plan: Plan, path: Path) -> None:
     """
     try:
         from matplotlib.figure import Figure
-        from matplotlib.ticker import ScalarFormatter
+        from matplotlib.ticker import StrMethodFormatter
     except ModuleNotFoundError as error:
         raise MissingExtra(
             "--plot needs matplotlib, which is not installed",
@@ -36,22 +36,27 @@ def draw(plan: Plan, path: Path) -> None:
         peaks = [option.peak_bytes / GIB for option in options]
         memory.plot(sizes, peaks, "o-", color=color, markersize=3, label=name)
         seconds = [option.seconds / fastest for option in options]
-        time.plot(sizes, seconds, "o-", color=color, markersize=3)
+        time.plot(sizes, seconds, "-", color=color, alpha=0.4)
+        for fits, style in ((True, "o"), (False, "x")):
+            shown = [i for i, option in enumerate(options) if option.fits is fits]
+            xs, ys = [sizes[i] for i in shown], [seconds[i] for i in shown]
+            time.plot(xs, ys, style, color=color, markersize=4)
     cap = plan.cap.num_bytes / GIB
     memory.axhline(cap, color="0.3", linestyle="--", label=f"for tensors: {cap:.3g} GiB")
     one = plan.chosen
     memory.plot(_size(one), one.peak_bytes / GIB, "k*", markersize=12, label="chosen")
     time.plot(_size(one), one.seconds / fastest, "k*", markersize=12)
-    memory.set(ylabel="peak memory, GiB", title="memory", yscale="log")
+    memory.set(ylabel="peak memory, GiB", title="memory", ylim=(0, None))
     time.set(ylabel="time of a step, times the fastest that fits", title="time")
     for axes in (memory, time):
         unit = "examples" if is_even else "padded tokens"
         axes.set(xlabel=f"largest micro-batch, {unit}", xscale="log")
-        axes.xaxis.set_major_formatter(ScalarFormatter())
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
         axes.grid(alpha=0.3)
-    memory.yaxis.set_major_formatter(ScalarFormatter())
     memory.legend(fontsize=8)
-    figure.suptitle(f"effective batch {plan.effective_batch:,}")
+    time.plot([], [], "x", color="0.3", label="does not fit")
+    time.legend(fontsize=8)
+    figure.suptitle(f"effective batch {plan.effective_batch:,} of up to {plan.longest:,} tokens")
     try:
         figure.savefig(path, dpi=150)
     except OSError as error:

@@ -6,8 +6,11 @@ The plan goes to stdout, progress to stderr. Neither weights nor a GPU are neede
 import argparse
 import itertools
 import json
+import logging
 import random
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,8 +26,9 @@ from gradaccum.cli.arguments import Arguments, parse
 from gradaccum.cli.picture import draw
 from gradaccum.cli.summary import say
 from gradaccum.cli.train import _dataset, _quiet, _texts
-from gradaccum.errors import BadInput
+from gradaccum.errors import BadInput, DoesNotFit
 from gradaccum.integrations.accumulation import lengths_of
+from gradaccum.memory.cap import cap_of
 from gradaccum.memory.plan import LENGTH, Option, Plan, plan
 from gradaccum.memory.recipes import FOUR_BIT, quantise
 from gradaccum.objective import Objective, causal_lm
@@ -32,7 +36,12 @@ from gradaccum.types import GIB, counted
 
 SHOWN = 8  # rows of the table for one setting
 MOST_ROWS = 4_000  # of the data, whose lengths are looked at
+KNOWN_HEADS = ("ForCausalLM", "ForConditionalGeneration", "ForPreTraining")
 TILE = 4096  # rows that TRL's head scores at a time
+SMALLER = (
+    "--dtype bfloat16, --use_peft, --use_peft --load_in_4bit, --optim adamw_8bit, a smaller "
+    "--max_length, or more --memory"
+)
 HEAD = "the loss is that of TRL's SFTTrainer, with the head over every position"
 FOLDED = {"activations": ("activations", "temporaries", "inputs", "buffers")}
 COLUMNS = ("parameters", "gradients", "optimizer state", "activations")
@@ -40,7 +49,7 @@ COLUMNS = ("parameters", "gradients", "optimizer state", "activations")
 
 def run(words: list[str]) -> int:
     """Plan what the words say, print it and return the exit code."""
-    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     own.add_argument("--device", choices=("cpu", "cuda"))
     own.add_argument("--plot")
     with warnings.catch_warnings():
@@ -52,15 +61,35 @@ def run(words: list[str]) -> int:
             raise BadInput("--device is cpu or cuda, and --plot takes a file") from error
         if mine.plot is not None and Path(mine.plot).suffix not in (".png", ".svg"):
             raise BadInput(f"--plot {mine.plot} is neither .png nor .svg")
+        if mine.plot is not None and not Path(mine.plot).absolute().parent.is_dir():
+            raise BadInput(f"there is no directory {Path(mine.plot).parent} for --plot")
         arguments = parse(rest, others=("--device", "--plot"))
         if arguments is None:
             return 0
-        found = _planned(arguments, mine.device)
+        if mine.device is not None:
+            cap_of(arguments.memory, torch.device(mine.device))
+        try:
+            found = _planned(arguments, mine.device)
+        except DoesNotFit as error:
+            raise DoesNotFit(error.message, hint=SMALLER) from error
     if mine.plot is not None:
         draw(found, Path(mine.plot))
         say(f"plot      {mine.plot}")
-    print(json.dumps(_as_json(found)) if arguments.json else _text(found, arguments))
+    print(json.dumps(_as_json(found)) if arguments.json else _text(found))
     return 0
+
+
+@contextmanager
+def _saying() -> Iterator[None]:
+    """Say what the plan is at: a large model takes a while."""
+    told, handler = logging.getLogger(plan.__module__), logging.Handler()
+    handler.emit = lambda record: say(f"          {record.getMessage()} ...")
+    told.addHandler(handler)
+    told.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        told.removeHandler(handler)
 
 
 def _planned(arguments: Arguments, device: str | None) -> Plan:
@@ -76,20 +105,21 @@ def _planned(arguments: Arguments, device: str | None) -> Plan:
         assumed.append("forwards run under bf16 autocast, as is TRL's default")
     say(f"model     {model_args.model_name_or_path}: {_described(model)}")
     say("plan      tracing a step without data ...")
-    return plan(
-        model,
-        Objective(_fused, None, causal_lm().size, trim=True, chunk=TILE),
-        effective_batch=arguments.effective_batch_size,
-        memory=arguments.memory,
-        optimizer=str(getattr(training.optim, "value", training.optim)),
-        lengths=lengths,
-        checkpointing=training.gradient_checkpointing
-        if "gradient_checkpointing" in arguments.given
-        else None,
-        autocast=autocast,
-        device=device,
-        assumptions=[HEAD, *assumed],
-    )
+    with _saying():
+        return plan(
+            model,
+            Objective(_fused, None, causal_lm().size, trim=True, chunk=TILE),
+            effective_batch=arguments.effective_batch_size,
+            memory=arguments.memory,
+            optimizer=str(getattr(training.optim, "value", training.optim)),
+            lengths=lengths,
+            checkpointing=training.gradient_checkpointing
+            if "gradient_checkpointing" in arguments.given
+            else None,
+            autocast=autocast,
+            device=device,
+            assumptions=[HEAD, *assumed],
+        )
 
 
 def _fused(model: Any, micro: dict[str, Any]) -> torch.Tensor:
@@ -120,6 +150,7 @@ def _config_and_lengths(
             f"{str(error).strip().splitlines()[0]}",
             hint="a directory, a config.json, or a hub id",
         ) from error
+    _refuse_other_heads(config, name)
     if "dataset_name" not in arguments.given:
         longest = longest or LENGTH
         assumed.append(f"every example has {longest:,} tokens (--max_length), as none are given")
@@ -133,6 +164,16 @@ def _config_and_lengths(
             hint="leave out --dataset_name: every example then counts as --max_length",
         ) from error
     return config, _lengths(_dataset(arguments, "train"), tokenizer, arguments, assumed)
+
+
+def _refuse_other_heads(config: Any, name: str) -> None:
+    """Refuse a model that says it is something else than a causal language model."""
+    for said in getattr(config, "architectures", None) or ():
+        if "For" in said and not said.endswith(KNOWN_HEADS):
+            raise BadInput(
+                f"{name} is a {said}, and gradaccum train fine-tunes causal language models",
+                hint="gradaccum.plan(model, objective, examples=...) plans any module",
+            )
 
 
 def _lengths(dataset: Any, tokenizer: Any, arguments: Arguments, assumed: list[str]) -> list[int]:
@@ -209,19 +250,20 @@ def _model(arguments: Arguments, config: PreTrainedConfig, assumed: list[str]) -
 
 def _described(model: Any) -> str:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in model.parameters())
+    total = sum(p.numel() * (2 if p.dtype == torch.uint8 else 1) for p in model.parameters())
     kinds = {str(p.dtype).removeprefix("torch.") for p in model.parameters()}
     return f"{trained:,} of {total:,} parameters trained, {', '.join(sorted(kinds))}"
 
 
-def _text(found: Plan, arguments: Arguments) -> str:
+def _text(found: Plan) -> str:
     return "\n".join(
         [
             str(found),
             "",
             *_table(found),
+            "time is that of a step against the fastest that fits",
             "",
-            *_to_paste(found, arguments),
+            *_to_paste(found),
             "",
             "assumed",
             *(f"  - {text}" for text in found.assumptions),
@@ -263,9 +305,14 @@ def shown(found: Plan) -> list[Option]:
     for option in found.options:
         settings.setdefault((option.checkpointing, option.chunk), []).append(option)
     kept = []
+    fastest = min((o for o in found.options if o.fits), key=lambda o: o.seconds)
     for options in settings.values():
         step = max(1, -(-len(options) // SHOWN))
-        kept += [o for i, o in enumerate(options) if i % step == 0 or o is found.chosen]
+        kept += [
+            option
+            for i, option in enumerate(options)
+            if i % step == 0 or option in (found.chosen, fastest)
+        ]
     return kept
 
 
@@ -273,17 +320,16 @@ def _folded(option: Option, name: str) -> int:
     return sum(option.categories.get(part, 0) for part in FOLDED.get(name, (name,)))
 
 
-def _to_paste(found: Plan, arguments: Arguments) -> list[str]:
+def _to_paste(found: Plan) -> list[str]:
     """Return the flags of our engine and the arguments of the stock trainer."""
     one, size = found.chosen, found.effective_batch
     rows = max(1, one.budget.examples or (one.budget.tokens or 1) // found.longest)
     rows = min(rows, size)
     exact = max(n for n in range(1, rows + 1) if size % n == 0)
-    unit = "examples" if one.budget.examples is not None else "tokens"
-    number = one.budget.examples or one.budget.tokens
+    budget = str(one.budget).replace(",", "")
     lines = [
         "with gradaccum: any effective batch, exactly",
-        f'  gradaccum train ... --effective_batch_size {size} --budget "{number} {unit}" '
+        f'  gradaccum train ... --effective_batch_size {size} --budget "{budget}" '
         f"--gradient_checkpointing {one.checkpointing}",
         "",
         "with stock arguments",
@@ -295,19 +341,26 @@ def _to_paste(found: Plan, arguments: Arguments) -> list[str]:
         near = max(1, round(size / rows))
         lines.append(
             f"  {rows} rows would fit, and {size} is no multiple of it: the nearest is {rows} x "
-            f"{near} = {rows * near}; our engine runs {size} in "
+            f"{near} = {rows * near}; gradaccum runs {size} in "
             f"{counted(one.num_micros, 'micro-batch')}"
         )
     return lines
 
 
 def _as_json(found: Plan) -> dict[str, Any]:
+    least = min(option.seconds for option in found.options if option.fits)
+
+    def told(option: Option) -> dict[str, Any]:
+        """Of a machine that is not here only the ratios of times mean something."""
+        seconds = option.seconds if found.machine.is_here else None
+        return asdict(option) | {"seconds": seconds, "time": option.seconds / least}
+
     return {
         "effective_batch": found.effective_batch,
         "memory_bytes": found.cap.stated_bytes,
         "tensor_bytes": found.cap.num_bytes,
-        "chosen": asdict(found.chosen),
-        "options": [asdict(option) for option in found.options],
+        "chosen": told(found.chosen),
+        "options": [told(option) for option in found.options],
         "seconds_are_of": found.machine.name if found.machine.is_here else None,
         "assumptions": list(found.assumptions),
     }

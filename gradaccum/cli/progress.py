@@ -185,6 +185,10 @@ class Metrics(TrainerCallback):
         self._line = None
 
 
+class Finished(Exception):
+    """Say that a checkpoint has all steps already; transformers would take one more."""
+
+
 class StopOnSignal(TrainerCallback):
     """Finish the step, save a checkpoint and stop at the first SIGINT or SIGTERM.
 
@@ -196,7 +200,11 @@ class StopOnSignal(TrainerCallback):
         self.stopped = False  # a signal after the last step stops nothing
         self._before: dict[int, Any] = {}
 
-    def on_train_begin(self, *_: Any, **__: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        if state.global_step >= state.max_steps:
+            raise Finished(f"{state.global_step} of {state.max_steps} steps")
         for number in (signal.SIGINT, signal.SIGTERM):
             self._before[number] = signal.signal(number, self._receive)
 

@@ -52,19 +52,20 @@ def describe(trainer: Any, arguments: Arguments, output: Path, resume: str | Non
         f"mean {statistics.fmean(lengths):,.0f} and longest {max(lengths):,} tokens "
         f"in the first {len(lengths):,}"
     )
-    say(f"batch     {_batch_line(trainer, rows)}")
+    say(f"batch     {_batch_line(trainer, rows, resume)}")
     if resume is not None:
         say(f"resume    {resume}")
     say(f"output    {output}")
 
 
-def _batch_line(trainer: Any, rows: list[Any]) -> str:
+def _batch_line(trainer: Any, rows: list[Any], resume: str | None) -> str:
     """Say how an effective batch is cut, from the first batches of the data."""
     accumulation = trainer.accumulation
     size, budget = accumulation.effective_batch_size, accumulation.cut.budget
     text = f"effective batch {size:,}"
     if budget is None:
-        text += "; how large micro-batches are is measured at the first step"
+        known = "as in the checkpoint" if resume else "measured at the first step"
+        text += f"; how large micro-batches are is {known}"
     else:
         windows = [rows[i : i + size] for i in range(0, len(rows), size)]
         windows = [window for window in windows if len(window) == size] or windows
@@ -106,7 +107,8 @@ def summarise(trainer: Any, arguments: Arguments, output: Path, metrics: Metrics
     if losses:
         print(
             f"loss      {summary['loss_before']:.4f} -> {summary['loss_after']:.4f} "
-            f"(means of the first and the last {counted(edge, 'step')})"
+            f"({'' if edge == 1 else 'means of '}the first and the last "
+            f"{'step' if edge == 1 else counted(edge, 'step')})"
         )
     if not metrics.is_finite:
         print("          the loss is not finite: what was saved is of no use; metrics.jsonl tells")

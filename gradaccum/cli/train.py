@@ -5,6 +5,8 @@ input, attaches the accumulation, says what happens and proves the gradient on o
 """
 
 import contextlib
+import itertools
+import json
 import shlex
 import signal
 import warnings
@@ -25,13 +27,14 @@ from trl import SFTTrainer, get_peft_config, get_quantization_config
 
 from gradaccum.cli import data, embedded
 from gradaccum.cli.arguments import Arguments, parse
-from gradaccum.cli.progress import Metrics, Progress, Samples, StopOnSignal
+from gradaccum.cli.progress import Finished, Metrics, Progress, Samples, StopOnSignal
 from gradaccum.cli.summary import describe, say, summarise
 from gradaccum.device import is_out_of_memory
 from gradaccum.errors import BadInput, DoesNotFit
 from gradaccum.integrations.hf import attach
 from gradaccum.types import IGNORE_INDEX
 
+FLAGS = "flags.json"  # in the output directory: with what the run began
 # What TRL and transformers say when something is missing, and what to do then.
 HINTS = {
     "chat_template": "--chat_template_path names a template or a model that has one",
@@ -50,6 +53,7 @@ def run(words: list[str]) -> int:
 
 def _run(words: list[str]) -> int:
     _quiet()
+    words, own = _with_flags_of_the_run(words), words
     arguments = parse(words)
     if arguments is None:
         return 0
@@ -57,6 +61,8 @@ def _run(words: list[str]) -> int:
     output = _output_directory(arguments, resume)
     arguments.training.output_dir = str(output)
     say("gradaccum train")
+    if words != own:
+        say(f"flags     of the run, from {output / FLAGS}: {shlex.join(words[: -len(own)])}")
     try:
         trainer = _trainer(arguments, output)
     except (BadInput, KeyboardInterrupt):
@@ -69,15 +75,18 @@ def _run(words: list[str]) -> int:
     trainer.add_callback(metrics)
     trainer.add_callback(stop)
     describe(trainer, arguments, output, resume)
+    (output / FLAGS).write_text(json.dumps(_without(words, "--resume_from_checkpoint")))
     try:
         trainer.train(resume_from_checkpoint=resume)
+    except Finished as done:
+        say(f"nothing to do: {resume} is the end of the run, {done}")
+        return 0
     finally:
         stop.restore()
     if stop.stopped and stop.received is not None:
         saved = str(output / f"checkpoint-{trainer.state.global_step}")
         say(f"stopped by {signal.Signals(stop.received).name}, saved {saved}")
-        flags = shlex.join([*_without_checkpoint(words), "--resume_from_checkpoint", saved])
-        say(f"go on with: gradaccum train {flags}")
+        say(f"go on with: gradaccum train {shlex.join(['--resume_from_checkpoint', saved])}")
         return 128 + stop.received
     trainer.save_model(str(output))
     summarise(trainer, arguments, output, metrics)
@@ -283,15 +292,29 @@ def _refuse_foreign_ids(dataset: Any, model: Any) -> None:
                 )
 
 
-def _without_checkpoint(words: list[str]) -> list[str]:
-    """Return the flags of this command without a checkpoint of their own."""
+def _with_flags_of_the_run(words: list[str]) -> list[str]:
+    """Return the flags with which a resumed run began, and after them those of this command."""
+    values = dict(itertools.pairwise(part for word in words for part in word.split("=", 1)))
+    wanted = values.get("--resume_from_checkpoint", "")
+    if not wanted or "--help-all" in words:
+        return words
+    is_last = wanted.lower() in ("last", "true")
+    folder = values.get("--output_dir") if is_last else Path(wanted).parent
+    try:
+        flags = json.loads((Path(folder or "") / FLAGS).read_text())
+    except (OSError, ValueError):  # of another tool, or of a run that never began
+        return words
+    return [*(_without(flags, "--config") if "--config" in values else flags), *words]
+
+
+def _without(words: list[str], flag: str) -> list[str]:
+    """Return the words without a flag and its value."""
     kept: list[str] = []
     skip = False
     for word in words:
-        is_flag = word == "--resume_from_checkpoint"
-        if not (skip or is_flag or word.startswith("--resume_from_checkpoint=")):
+        if not (skip or word == flag or word.startswith(f"{flag}=")):
             kept.append(word)
-        skip = is_flag
+        skip = word == flag
     return kept
 
 

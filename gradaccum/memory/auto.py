@@ -1,6 +1,7 @@
 """An accumulator that finds its budget itself, by measuring at its first batch."""
 
 import logging
+import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -14,7 +15,7 @@ from torch.optim import Optimizer
 import gradaccum.engine
 from gradaccum.batch import HostBatch, as_batch
 from gradaccum.engine import Window
-from gradaccum.errors import BadInput
+from gradaccum.errors import LESS_MEMORY, BadInput, DoesNotFit
 from gradaccum.measured import quiet
 from gradaccum.memory import choose
 from gradaccum.memory.cap import Cap, cap_of, held_bytes
@@ -166,6 +167,8 @@ def find(
 ) -> Found:
     """Find the budget of an accumulator, and say it.
 
+    Where nothing fits into what is available, the smallest is tried all the same.
+
     Args:
         accumulator: Is left as it is.
         host: A batch to measure on.
@@ -177,6 +180,9 @@ def find(
         name: Tells losses apart that the same model may have.
         may_checkpoint: Where memory costs speed, measure with gradient checkpointing as well, and
             leave it on if that is faster.
+
+    Raises:
+        DoesNotFit: Nothing does into the memory that is stated.
     """
     begin = time.perf_counter()
     model = accumulator.model
@@ -219,12 +225,27 @@ def find(
         checkpointing = best is None or (other is not None and other.seconds < best.seconds)
         choices, best = (others, other) if checkpointing else (choices, best)
         switch(model, on=checkpointing)
-    best = best or choices[0]
+    if best is None:
+        least = min(choices, key=lambda choice: choice.peak_bytes)
+        cause = (
+            f"even the smallest micro-batch, {counted(least.rows, 'example')} of "
+            f"{least.length:,}, takes {_peak(least)} with what is held, and there are "
+            f"{amount(cap.num_bytes)} for tensors of the {amount(cap.stated_bytes)}"
+        )
+        if memory is not None:
+            raise DoesNotFit(cause, hint=LESS_MEMORY)
+        logger.warning("%s: it is tried all the same", cause)
+        best = least
     budget = best.budget
     if budget.examples is not None and max(sizes) > 1:  # of longer examples it then takes fewer
         budget = Budget(tokens=budget.examples * max(sizes))
     spent = time.perf_counter() - begin
     return _said(Found(budget, best, cap, num, spent, checkpointing=checkpointing))
+
+
+def _peak(choice: Choice) -> str:
+    failed = choice.peak_bytes >= sys.maxsize
+    return "more than was available when it was tried" if failed else amount(choice.peak_bytes)
 
 
 def _said(found: Found) -> Found:

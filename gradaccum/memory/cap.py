@@ -15,7 +15,7 @@ UNITS = {"": 1, "b": 1} | {
     for power, prefix in enumerate("kmgt", start=1)
     for binary in ("", "i")
 }
-HINT = 'memory="20GiB", "24GB", bytes, or a fraction such as 0.9'
+HINT = 'memory="20GiB" (or "20G"), "24GB", bytes, or a fraction such as 0.9 or "90%"'
 MIB = 2**20
 # Of CUDA. Each is an assumption that a plan names.
 CONTEXT = 512 * MIB  # of driver and kernels, outside of torch's allocator: 300 to 600 MiB
@@ -92,27 +92,34 @@ def _stated(memory: str | float | None, device: torch.device, held: int) -> tupl
         stated = held + round(free * share)
         part = f"{share:.0%} of " if share < 1 else ""
         return stated, f"{amount(stated)}: {part}what is available on this {device.type}"
-    number, unit = _parsed(memory)
-    if not unit and 0 < number <= 1:
+    number, unit = parsed(memory)
+    if unit is None:
         if not is_here:
             raise BadInput(f"memory={memory} is a fraction, and there is no GPU here", hint=HINT)
         total = total_bytes(device)
         return round(number * total), f"{number:.0%} of the {amount(total)} of {device.type}"
     stated = round(number * UNITS[unit])
-    if stated < MIB:
-        raise BadInput(f"memory={memory!r} is {stated:,} bytes, too few for anything", hint=HINT)
     return stated, f"{amount(stated)}, as stated"
 
 
-def _parsed(memory: str | float) -> tuple[float, str]:
+def parsed(memory: str | float) -> tuple[float, str | None]:
+    """Read an amount of memory; return the number and its unit, None for a part of the device.
+
+    Raises:
+        BadInput: It is no amount, or too small a one.
+    """
     found = re.fullmatch(r"([0-9]*\.?[0-9]+(?:e[0-9]+)?) ?([a-z%]*)", str(memory).strip().lower())
     if isinstance(memory, bool) or found is None or found[2] not in {*UNITS, "%", *"kmgt"}:
         raise BadInput(f"memory={memory!r} is no amount of memory", hint=HINT)
     number, unit = float(found[1]), found[2]
-    if unit == "%":
-        number, unit = number / 100, ""
-        if number > 1:
-            raise BadInput(f"memory={memory!r} is more than there is", hint=HINT)
     if number <= 0:
         raise BadInput(f"memory={memory!r} is not above 0", hint=HINT)
+    if unit == "%" and number > 100:
+        raise BadInput(f"memory={memory!r} is more than there is", hint=HINT)
+    if unit == "%" or (not unit and number <= 1):
+        return (number / 100 if unit else number), None
+    stated = round(number * UNITS[f"{unit}ib" if unit in tuple("kmgt") else unit])
+    if stated < MIB:
+        hint = HINT if unit else f'did you mean "{number:g}GiB"?'
+        raise BadInput(f"memory={memory!r} is {stated:,} bytes, too few for anything", hint=hint)
     return number, f"{unit}ib" if unit in tuple("kmgt") else unit

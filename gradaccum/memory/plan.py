@@ -6,6 +6,7 @@ No weights and no device are needed: a step is traced on a twin of the model tha
 import contextlib
 import dataclasses
 import functools
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,6 +27,7 @@ from gradaccum.memory.tracker import CATEGORIES, GRADIENTS
 from gradaccum.objective import Objective, causal_lm
 from gradaccum.types import Budget, amount, counted
 
+logger = logging.getLogger(__name__)
 CHECKPOINTED = 1.15  # times the work, at the least: 1.23 measured on a full model, more with LoRA
 LENGTH = 1024  # tokens of each example where nothing else is said, as TRL's max_length
 
@@ -241,11 +243,18 @@ class _Options:
     def all(self) -> list[Option]:
         """Return every option, by settings and then by size."""
         found: list[Option] = []
+        skipped: list[Setting] = []
         failed: BaseException | None = None
         sizes = [size for window in self._drawn for size in window]
         for setting in self._switches():
             if self._is_slower(setting, found):
+                skipped.append(setting)
                 continue
+            logger.info(
+                "tracing with checkpointing %s%s",
+                "on" if setting.checkpointing else "off",
+                f" and the loss in chunks of {setting.chunk:,}" if setting.chunk else "",
+            )
             try:
                 forecast = Traced(self._with(setting), sizes, self._machine, self._cap.num_bytes)
             except Exception as error:
@@ -254,7 +263,14 @@ class _Options:
                 failed = error
                 if not self._has_values:
                     continue
-                forecast = Measured(self._with(setting), sizes)
+                try:
+                    forecast = Measured(self._with(setting), sizes)
+                except Exception as wrong:
+                    raise BadInput(
+                        f"{type(self._job.model).__name__} fails on the inputs of the plan: "
+                        f"{_first_line(wrong)}",
+                        hint="plan(model, objective, examples=...) says what it is trained on",
+                    ) from wrong
                 self._untraced.add(setting)
             choices: list[Choice] = []
             for budget in self._budgets[: 1 if forecast.is_hopeless else None]:
@@ -277,6 +293,11 @@ class _Options:
                 f"{_first_line(failed)}",
                 hint="give the model with its weights: it is then measured, as budget='auto' does",
             ) from failed
+        if skipped and any(setting.checkpointing for setting in skipped):
+            self.notes.append(
+                "checkpointing on computes more and was not looked at: with it off, micro-batches "
+                "that are as fast as any fit"
+            )
         if failed is not None:
             self.notes.append(
                 "what could not be traced without values was measured on three short micro-batches "
