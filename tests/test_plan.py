@@ -188,6 +188,19 @@ def test_checkpointing_is_chosen_where_memory_costs_speed(monkeypatch, tmp_path,
     assert (again.budget, again.checkpointing, again.num_probes) == (found.budget, expected, 0)
 
 
+@pytest.mark.parametrize(("num", "is_stated"), [(1, True), (3, False), (3, True)])
+def test_what_fits_nowhere_is_refused_if_the_memory_is_stated(caplog, num, is_stated):
+    """One micro-batch alone finds no gradients: it may fit all the same, and is tried."""
+    choices = [auto.Choice(Budget(tokens=8), 1.0, num, 1, 8, size, 1.0) for size in (9, 8)]
+    cap = cap_of("1GiB", CPU)
+    if num > 1 and is_stated:
+        with pytest.raises(DoesNotFit, match="even the smallest micro-batch, 1 example of 8"):
+            auto._smallest(choices, cap, is_stated=is_stated)
+        return
+    assert auto._smallest(choices, cap, is_stated=is_stated) is choices[1]
+    assert "it is tried all the same" in caplog.text
+
+
 def test_batch_norm_takes_the_whole_batch():
     model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
     objective = gradaccum.from_mean(lambda m, x: m(x).square().mean(), weight="rows")

@@ -225,17 +225,7 @@ def find(
         checkpointing = best is None or (other is not None and other.seconds < best.seconds)
         choices, best = (others, other) if checkpointing else (choices, best)
         switch(model, on=checkpointing)
-    if best is None:
-        least = min(choices, key=lambda choice: choice.peak_bytes)
-        cause = (
-            f"even the smallest micro-batch, {counted(least.rows, 'example')} of "
-            f"{least.length:,}, takes {_peak(least)} with what is held, and there are "
-            f"{amount(cap.num_bytes)} for tensors of the {amount(cap.stated_bytes)}"
-        )
-        if memory is not None:
-            raise DoesNotFit(cause, hint=LESS_MEMORY)
-        logger.warning("%s: it is tried all the same", cause)
-        best = least
+    best = best or _smallest(choices, cap, is_stated=memory is not None)
     budget = best.budget
     if budget.examples is not None and max(sizes) > 1:  # of longer examples it then takes fewer
         budget = Budget(tokens=budget.examples * max(sizes))
@@ -243,9 +233,23 @@ def find(
     return _said(Found(budget, best, cap, num, spent, checkpointing=checkpointing))
 
 
-def _peak(choice: Choice) -> str:
-    failed = choice.peak_bytes >= sys.maxsize
-    return "more than was available when it was tried" if failed else amount(choice.peak_bytes)
+def _smallest(choices: Sequence[Choice], cap: Cap, *, is_stated: bool) -> Choice:
+    """Return what takes the least, where nothing fits; refuse it if the memory is stated.
+
+    A batch that is one micro-batch finds no gradients, and takes less than what was measured.
+    """
+    least = min(choices, key=lambda choice: choice.peak_bytes)
+    has_failed = least.peak_bytes >= sys.maxsize
+    peak = "more than was available just now" if has_failed else amount(least.peak_bytes)
+    cause = (
+        f"even the smallest micro-batch, {counted(least.rows, 'example')} of {least.length:,}, "
+        f"takes {peak} with what is held, and there are {amount(cap.num_bytes)} for tensors of the "
+        f"{amount(cap.stated_bytes)}"
+    )
+    if is_stated and least.most_micros > 1:
+        raise DoesNotFit(cause, hint=LESS_MEMORY)
+    logger.warning("%s: it is tried all the same", cause)
+    return least
 
 
 def _said(found: Found) -> Found:

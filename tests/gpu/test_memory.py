@@ -114,3 +114,16 @@ def test_a_budget_is_found_and_fits():
         whole, gradaccum.causal_lm(), budget=gradaccum.Budget(tokens=2048)
     ).backward(rows(64))
     assert oracle.error(oracle.left_in(model), oracle.left_in(whole)) < 1e-5
+
+
+def test_a_plan_is_calibrated_here_and_runs_within_it():
+    found = gradaccum.plan(net(), effective_batch=16, lengths=LENGTH, memory="6GiB", device="cuda")
+    assert any("kernels (measured)" in text for text in found.assumptions)
+    model = net().cuda()
+    if found.chosen.checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    objective = gradaccum.causal_lm(chunk=found.chosen.chunk)
+    accumulator = gradaccum.Accumulator(model, objective, budget=found.budget)
+    torch.cuda.reset_peak_memory_stats()
+    accumulator.backward([{"input_ids": [0] * LENGTH, "labels": [0] * LENGTH}] * 16)
+    assert torch.cuda.max_memory_reserved() < 6 * 2**30
