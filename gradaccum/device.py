@@ -8,6 +8,7 @@ import gc
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -48,6 +49,17 @@ def is_out_of_memory(error: BaseException | None) -> bool:
     return False
 
 
+def let_go(error: BaseException | None) -> None:
+    """Free what the frames of an error hold, even if somebody keeps the error.
+
+    That is activations, and in torch 2.11 checkpoints that are still open: as long as they are,
+    they pack the tensors that later forwards save.
+    """
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
+
+
 @contextmanager
 def suppressing_out_of_memory() -> Iterator[None]:
     """Go on after what is inside if it runs out of memory; other errors are raised."""
@@ -56,6 +68,7 @@ def suppressing_out_of_memory() -> Iterator[None]:
     except Exception as error:
         if not is_out_of_memory(error):
             raise
+        let_go(error)
 
 
 def release(device: torch.device) -> None:

@@ -196,6 +196,7 @@ class Accumulator:
                 if self._running is None or not device_memory.is_out_of_memory(error):
                     raise
                 said = (str(error) or type(error).__name__).splitlines()[0]
+                device_memory.let_go(error)
             # Only out here has the traceback let go of the activations.
             past.restore()
             if isinstance(batch, Window):

@@ -352,6 +352,7 @@ def config_file(tmp_path_factory):
 
 
 def test_the_command_needs_a_config_alone(command, config_file, tmp_path):
+    pytest.importorskip("matplotlib")
     picture = tmp_path / "plan.svg"
     done = command(f"--model_name_or_path={config_file}", "--effective_batch_size=64",
                    "--max_length=128", "--memory=1GiB", f"--plot={picture}")  # fmt: skip

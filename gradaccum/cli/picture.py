@@ -1,10 +1,24 @@
 """A picture of a plan: memory and time against the size of a micro-batch, and the cap as a line."""
 
+import importlib.util
 from pathlib import Path
 
 from gradaccum.errors import BadInput, MissingExtra
 from gradaccum.memory.plan import Option, Plan
 from gradaccum.types import GIB
+
+
+def check() -> None:
+    """Refuse, before any work, to draw without matplotlib.
+
+    Raises:
+        MissingExtra: It is not installed.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise MissingExtra(
+            "--plot needs matplotlib, which is not installed",
+            hint='pip install "gradaccum[report]"',
+        )
 
 
 def draw(plan: Plan, path: Path) -> None:
@@ -14,14 +28,10 @@ def draw(plan: Plan, path: Path) -> None:
         MissingExtra: matplotlib is not installed.
         BadInput: The file cannot be written.
     """
-    try:
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import StrMethodFormatter
-    except ModuleNotFoundError as error:
-        raise MissingExtra(
-            "--plot needs matplotlib, which is not installed",
-            hint='pip install "gradaccum[report]"',
-        ) from error
+    check()
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import StrMethodFormatter
+
     figure = Figure(figsize=(9, 4.2), layout="constrained")
     memory, time = figure.subplots(1, 2)
     is_even = plan.chosen.budget.examples is not None

@@ -23,7 +23,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 from gradaccum.cli import data, embedded
 from gradaccum.cli.arguments import Arguments, parse
-from gradaccum.cli.picture import draw
+from gradaccum.cli.picture import check, draw
 from gradaccum.cli.summary import say
 from gradaccum.cli.train import _dataset, _quiet, _texts
 from gradaccum.errors import BadInput, DoesNotFit
@@ -63,6 +63,8 @@ def run(words: list[str]) -> int:
             raise BadInput(f"--plot {mine.plot} is neither .png nor .svg")
         if mine.plot is not None and not Path(mine.plot).absolute().parent.is_dir():
             raise BadInput(f"there is no directory {Path(mine.plot).parent} for --plot")
+        if mine.plot is not None:
+            check()
         arguments = parse(rest, others=("--device", "--plot"))
         if arguments is None:
             return 0

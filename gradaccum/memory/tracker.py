@@ -248,13 +248,21 @@ def _scratch_bytes(func: Any, args: Any) -> int:
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
-    return sdpa_flop_count(query.shape, key.shape, value.shape)
+    return sdpa_flop_count(query.shape, *_with_heads_of(query, key, value))
 
 
 def _attention_backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any
 ) -> int:
-    return sdpa_backward_flop_count(grad.shape, query.shape, key.shape, value.shape)
+    return sdpa_backward_flop_count(grad.shape, query.shape, *_with_heads_of(query, key, value))
+
+
+def _with_heads_of(query: Tensor, *others: Tensor) -> list[tuple[int, ...]]:
+    """Return the shapes of keys and values with as many heads as queries, (B, H, T, D).
+
+    Where several queries share one, each is multiplied all the same; torch 2.11 refuses fewer.
+    """
+    return [(*query.shape[:2], *other.shape[2:]) for other in others]
 
 
 _FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
