@@ -38,6 +38,7 @@ def report(tmp_path, *words):
 def test_the_gradient_of_the_whole_batch(tmp_path, kind):
     found = json.loads(report(tmp_path, __file__, kind).splitlines()[-1])
     assert len(found["ours"]) == STEPS and found["micros"] > 1
+    assert len(found["automatic"]) == STEPS and max(found["automatic"]) <= 1e-6
     assert max(found["ours"]) <= 1e-6 and max(map(abs, found["drift"])) <= 1e-6
     assert max(found["stock"]) <= 1e-6  # Unsloth divides by the count too
     assert found["losses"] == pytest.approx(found["whole_losses"], rel=1e-6)
@@ -65,7 +66,7 @@ def main(kind):
     base = tempfile.mkdtemp()
     llama().save_pretrained(base), tokenizer().save_pretrained(base)
 
-    def run(rows, steps, attach=False):
+    def run(rows, steps, budget=None):
         model, _ = FastLanguageModel.from_pretrained(
             base, max_seq_length=64, load_in_4bit=False, dtype=torch.float32
         )
@@ -97,15 +98,17 @@ def main(kind):
             processing_class=tokenizer(),
             callbacks=[record],
         )
-        if attach:
-            gradaccum.attach(trainer)
+        if budget is not None:
+            gradaccum.attach(trainer, budget=budget)
         trainer.train()
         return trainer, record.gradients
 
     whole, expected = run(8, 1)
     _, stock = run(2, 4)
     del settled[:]
-    ours, found = run(2, 4, attach=True)
+    ours, found = run(2, 4, gradaccum.Budget(tokens=80))
+    num_settled = len(settled)
+    _, automatic = run(2, 4, "auto")
 
     def errors(gradients, measure=oracle.error):
         return [measure(a, b) for a, b in zip(gradients, expected, strict=True)]
@@ -114,11 +117,12 @@ def main(kind):
         "trainer": type(ours).__name__,
         "stock": errors(stock),
         "ours": errors(found),
+        "automatic": errors(automatic),
         "drift": errors(found, oracle.signed_residual),
         "micros": ours.accumulation.last.num_micros,
         "losses": logged(ours, "loss"),
         "whole_losses": logged(whole, "loss"),
-        "settled": len(settled),
+        "settled": num_settled,
     }
     print(json.dumps(figures))
 
