@@ -88,14 +88,13 @@ def row(name: str, memory: str, found: dict[str, Any]) -> str:
 
 
 def options(name: str, found: dict[str, Any]) -> str:
-    fitting = [o["seconds"] for o in found["options"] if o["fits"]]
     lines = [f"**{name}**", "", head(OPTIONS)]
     for o in found["options"]:
         if o["rows"] in (1, 2, 4, 8, 16, 64) or o["budget"] == found["chosen"]["budget"]:
             lines.append(
                 f"| {o['rows']} x {o['length']:,} | {o['num_micros']} | "
                 f"{'on' if o['checkpointing'] else 'off'} | {o['peak_bytes'] / GIB:.1f} | "
-                f"{o['seconds'] / min(fitting):.2f}x | {'yes' if o['fits'] else 'no'} |"
+                f"{o['time']:.2f}x | {'yes' if o['fits'] else 'no'} |"
             )
     return "\n".join(lines)
 
