@@ -1,5 +1,6 @@
 """Memory predicted without data against that of the real step, to the byte."""
 
+import collections
 import copy
 import warnings
 
@@ -58,10 +59,10 @@ def job(model, **kwargs):
     return Job(model.train(), gradaccum.causal_lm(), adamw, inputs, **kwargs)
 
 
-def real(work, rows, length, num_micros=2):
+def real(work, rows, length, num_micros=2, tracker=None):
     optimizer = work.optimizer([p for p in work.model.parameters() if p.requires_grad])
     materialize(optimizer)
-    tracker = Tracker()
+    tracker = tracker or Tracker()
     window = work.window(rows, length, num_micros)
     run_step(work, work.model, optimizer, window, tracker)
     return tracker
@@ -210,3 +211,20 @@ def test_the_short_trace_of_large_models_finds_the_same(checkpointing, lora):
         model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules="all-linear"))
     work = job(model, checkpointing=checkpointing)
     assert trace(work, 4, 32, is_short=True).peak_bytes == trace(work, 4, 32).peak_bytes
+
+
+def test_a_trace_notes_what_a_real_step_runs_and_moves():
+    """Autograd asks fake tensors for their device, twice each, which a real step does not do."""
+    work = job(MAKERS["plain torch"]())
+    fake, own = (
+        collections.Counter(op.moved_bytes for op in noted(work)) for noted in (traced, ran)
+    )
+    assert fake == own
+
+
+def traced(work):  # on a twin
+    return trace(work, 2, 16, record=True).ops
+
+
+def ran(work):  # on real tensors
+    return real(work, 2, 16, tracker=Tracker(record=True)).ops

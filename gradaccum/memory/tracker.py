@@ -113,6 +113,8 @@ class Tracker(TorchDispatchMode):
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func is torch.ops.prim.device.default:  # of a fake tensor; autograd asks twice for each
+            return getattr(args[0], "fake_device", None) or func(*args, **kwargs)
         outputs = func(*args, **kwargs)
         self._add_all(_tensors((outputs,)), self._phase(), first=True)
         scratch = _scratch_bytes(func, args) if self._as_cuda else 0
