@@ -50,7 +50,7 @@ that; checkpointing is not looked at where it cannot be faster.
 
 {options}
 """
-HEADS = ["run", "memory", "chosen micro-batch", "steps", "checkpointing", "peak GiB", "parameters",
+HEADS = ["run", "memory", "chosen micro-batch", "accumulation steps", "checkpointing", "peak GiB", "parameters",
          "gradients", "optimizer", "activations", "planned in", "with"]  # fmt: skip
 OPTIONS = ["micro-batch", "accumulation steps", "checkpointing", "peak GiB", "time", "fits"]
 
