@@ -50,8 +50,8 @@ that; checkpointing is not looked at where it cannot be faster.
 
 {options}
 """
-HEADS = ["run", "memory", "chosen micro-batch", "accumulation steps", "checkpointing", "peak GiB", "parameters",
-         "gradients", "optimizer", "activations", "planned in", "with"]  # fmt: skip
+HEADS = ["run", "memory", "chosen micro-batch", "accumulation steps", "checkpointing", "peak GiB",
+         "parameters", "gradients", "optimizer", "activations", "planned in", "with"]  # fmt: skip
 OPTIONS = ["micro-batch", "accumulation steps", "checkpointing", "peak GiB", "time", "fits"]
 
 

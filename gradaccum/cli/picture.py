@@ -4,7 +4,8 @@ import importlib.util
 from pathlib import Path
 
 from gradaccum.errors import BadInput, MissingExtra
-from gradaccum.memory.plan import Option, Plan
+from gradaccum.memory.options import Option
+from gradaccum.memory.plan import Plan
 from gradaccum.types import GIB
 
 

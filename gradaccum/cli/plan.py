@@ -29,7 +29,8 @@ from gradaccum.cli.train import _dataset, _quiet, _texts
 from gradaccum.errors import BadInput, DoesNotFit
 from gradaccum.integrations.accumulation import lengths_of
 from gradaccum.memory.cap import cap_of
-from gradaccum.memory.plan import LENGTH, Option, Plan, plan
+from gradaccum.memory.options import Option, Search
+from gradaccum.memory.plan import LENGTH, Plan, plan
 from gradaccum.memory.recipes import FOUR_BIT, quantise
 from gradaccum.objective import Objective, causal_lm
 from gradaccum.types import GIB, counted
@@ -84,7 +85,7 @@ def run(words: list[str]) -> int:
 @contextmanager
 def _saying() -> Iterator[None]:
     """Say what the plan is at: a large model takes a while."""
-    told, handler = logging.getLogger(plan.__module__), logging.Handler()
+    told, handler = logging.getLogger(Search.__module__), logging.Handler()
     handler.emit = lambda record: say(f"          {record.getMessage()} ...")
     told.addHandler(handler)
     told.setLevel(logging.INFO)

@@ -4,10 +4,8 @@ No weights and no device are needed: a step is traced on a twin of the model tha
 """
 
 import contextlib
-import dataclasses
 import functools
-import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,47 +16,15 @@ from gradaccum.batch import Collate, as_batch
 from gradaccum.errors import BadInput, DoesNotFit
 from gradaccum.memory import choose
 from gradaccum.memory.cap import Cap, cap_of, held_bytes
-from gradaccum.memory.choose import Choice
-from gradaccum.memory.forecast import Measured, Traced, beyond_tensors, is_small
+from gradaccum.memory.forecast import beyond_tensors, is_small
 from gradaccum.memory.machine import GPU, Machine, measure
-from gradaccum.memory.predict import Job, is_checkpointing, is_large, needs_whole, trace
+from gradaccum.memory.options import Option, Search
+from gradaccum.memory.predict import Job, needs_whole
 from gradaccum.memory.recipes import MakeOptimizer, optimizer_of
-from gradaccum.memory.tracker import CATEGORIES, GRADIENTS
 from gradaccum.objective import Objective, causal_lm
 from gradaccum.types import Budget, amount, counted
 
-logger = logging.getLogger(__name__)
-CHECKPOINTED = 1.15  # times the work, at the least: 1.23 measured on a full model, more with LoRA
 LENGTH = 1024  # tokens of each example where nothing else is said, as TRL's max_length
-
-
-@dataclass(frozen=True, slots=True)
-class Option:
-    """Tell what one way of running an effective batch takes.
-
-    Args:
-        budget: The largest micro-batch.
-        rows: Examples of the micro-batch that takes the most memory.
-        length: Its tokens a row.
-        num_micros: Micro-batches of an effective batch, rounded.
-        checkpointing: Activations are computed again in backward.
-        chunk: Positions whose logits are held at a time; None: all.
-        peak_bytes: What tensors of the step take at its peak.
-        categories: The same by what they are for.
-        seconds: Of a step, on `Plan.machine`.
-        fits: It is within the cap.
-    """
-
-    budget: Budget
-    rows: int
-    length: int
-    num_micros: int
-    checkpointing: bool
-    chunk: int | None
-    peak_bytes: int
-    categories: dict[str, int]
-    seconds: float
-    fits: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,15 +73,6 @@ class Plan:
         if self.machine.is_here:
             text += f"; about {one.seconds:.2g} s a step"
         return text
-
-
-@dataclass(frozen=True, slots=True)
-class Setting:
-    """Name the switches of a step."""
-
-    checkpointing: bool
-    chunk: int | None
-    objective: Objective = field(repr=False, compare=False)
 
 
 def plan(
@@ -208,192 +165,15 @@ def plan(
     budgets = choose.budgets(sizes, effective_batch)
     if whole:
         budgets = [Budget(examples=effective_batch)]
-    found = _Options(job, drawn, budgets, cap, machine, checkpointing)
-    options = found.all()
-    chosen = found.confirmed(options)
-    texts = [*cap.assumptions, assumed, *assumptions, *found.notes]
+    search = Search(job, drawn, budgets, cap, machine, checkpointing)
+    chosen, options = search.confirmed(search.candidates())
+    texts = [*cap.assumptions, assumed, *assumptions, *search.notes]
     if whole:
         texts.append("BatchNorm in training mode needs the whole batch in one micro-batch")
     if not machine.is_here:
         texts.append(f"times are relative: those of {machine.name}, by what operations take")
     texts = tuple(filter(None, texts))
     return Plan(effective_batch, max(sizes), chosen, tuple(options), cap, machine, texts)
-
-
-class _Options:
-    """Look at every setting and every size of micro-batch."""
-
-    def __init__(
-        self,
-        job: Job,
-        drawn: list[list[int]],
-        budgets: list[Budget],
-        cap: Cap,
-        machine: Machine,
-        checkpointing: bool | None,
-    ) -> None:
-        self._job, self._drawn, self._budgets = job, drawn, budgets
-        self._cap, self._machine, self._wanted = cap, machine, checkpointing
-        self.notes: list[str] = []
-        self._settings: dict[int, Setting] = {}
-        self._untraced: set[Setting] = set()
-        self._has_values = not any(p.is_meta for p in job.model.parameters())
-        self._choices: dict[int, Choice] = {}
-
-    def all(self) -> list[Option]:
-        """Return every option, by settings and then by size."""
-        found: list[Option] = []
-        skipped: list[Setting] = []
-        failed: BaseException | None = None
-        sizes = [size for window in self._drawn for size in window]
-        for setting in self._switches():
-            if self._is_slower(setting, found):
-                skipped.append(setting)
-                continue
-            logger.info(
-                "tracing with checkpointing %s%s",
-                "on" if setting.checkpointing else "off",
-                f" and the loss in chunks of {setting.chunk:,}" if setting.chunk else "",
-            )
-            try:
-                forecast = Traced(self._with(setting), sizes, self._machine, self._cap.num_bytes)
-            except Exception as error:
-                if isinstance(error, BadInput) and setting.objective is not self._job.objective:
-                    continue  # the head of this model cannot be chunked
-                failed = error
-                if not self._has_values:
-                    continue
-                try:
-                    forecast = Measured(self._with(setting), sizes)
-                except Exception as wrong:
-                    raise BadInput(
-                        f"{type(self._job.model).__name__} fails on the inputs of the plan: "
-                        f"{_first_line(wrong)}",
-                        hint="plan(model, objective, examples=...) says what it is trained on",
-                    ) from wrong
-                self._untraced.add(setting)
-            choices: list[Choice] = []
-            for budget in self._budgets[: 1 if forecast.is_hopeless else None]:
-                choice = choose.weigh(budget, self._drawn, forecast)
-                if not choices or dataclasses.replace(choices[-1], budget=budget) != choice:
-                    choices.append(choice)
-            for choice in choices:
-                option = self._option(choice, setting, forecast)
-                beside = option.peak_bytes - option.categories[GRADIENTS]
-                is_whole = choice.most_micros == 1 and setting not in self._untraced
-                if is_whole and not option.fits and beside <= self._cap.num_bytes:
-                    option = self._traced(option, setting, 1)  # it finds no gradients
-                    choice = dataclasses.replace(choice, peak_bytes=option.peak_bytes)
-                self._settings[id(option)], self._choices[id(option)] = setting, choice
-                found.append(option)
-        if not found:
-            assert failed is not None, "one setting is tried at least"
-            raise BadInput(
-                f"{type(self._job.model).__name__} cannot be traced without its values: "
-                f"{_first_line(failed)}",
-                hint="give the model with its weights: it is then measured, as budget='auto' does",
-            ) from failed
-        if skipped and any(setting.checkpointing for setting in skipped):
-            self.notes.append(
-                "checkpointing on computes more and was not looked at: with it off, micro-batches "
-                "that are as fast as any fit"
-            )
-        if failed is not None:
-            self.notes.append(
-                "what could not be traced without values was measured on three short micro-batches "
-                f"{'on this CPU ' if not torch.cuda.is_available() else ''}if there are weights, "
-                f"else left out: {_first_line(failed)}"
-            )
-        return found
-
-    def _is_slower(self, setting: Setting, found: list[Option]) -> bool:
-        """Tell whether a setting, which computes more, is slower than what has been found to fit.
-
-        It is no faster than the fastest so far were, if all of these fitted.
-        """
-        fitting = [option.seconds for option in found if option.fits]
-        if not fitting:
-            return False
-        least = min(option.seconds for option in found)
-        more = CHECKPOINTED if setting.checkpointing and not found[0].checkpointing else 1.0
-        return min(fitting) <= choose.AS_FAST * more * least
-
-    def confirmed(self, options: list[Option]) -> Option:
-        """Choose, and trace the very micro-batch that takes most; choose again if that is more.
-
-        What was traced takes the place of what was read off in `options`.
-        """
-        left = [option for option in options if option.fits]
-        while left:
-            choices = [self._choices[id(option)] for option in left]
-            best = choose.best(choices, self._cap.num_bytes)
-            option = left[next(i for i, choice in enumerate(choices) if choice is best)]
-            setting = self._settings[id(option)]
-            if setting in self._untraced:
-                return option
-            is_whole = self._choices[id(option)].most_micros == 1
-            found = self._traced(option, setting, 1 if is_whole else 2)
-            options[next(i for i, other in enumerate(options) if other is option)] = found
-            if found.fits:
-                return found
-            left.remove(option)
-        least = min(options, key=lambda option: option.peak_bytes)
-        raise DoesNotFit(
-            f"one micro-batch of {least.rows} x {least.length:,} tokens takes at least "
-            f"{amount(least.peak_bytes)} ({_listed(least.categories)}), and there are "
-            f"{amount(self._cap.num_bytes)} for tensors of the {amount(self._cap.stated_bytes)}",
-            hint="shorter examples (max_length), LoRA, an 8-bit or paged optimizer, a smaller "
-            "dtype, or more memory",
-        )
-
-    def _traced(self, option: Option, setting: Setting, num_micros: int) -> Option:
-        """Return the option with what a trace of its largest micro-batch takes."""
-        traced = trace(
-            self._with(setting),
-            option.rows,
-            option.length,
-            num_micros=num_micros,
-            is_short=num_micros == 2 and is_large(self._job.model),
-        )
-        return dataclasses.replace(
-            option,
-            peak_bytes=traced.peak_bytes,
-            categories=dict(traced.peak),
-            fits=traced.peak_bytes <= self._cap.num_bytes,
-        )
-
-    def _switches(self) -> Iterator[Setting]:
-        can_switch = hasattr(self._job.model, "gradient_checkpointing_enable")
-        is_on = bool(is_checkpointing(self._job.model))
-        states = [is_on]
-        if can_switch:
-            states = [False, True] if self._wanted is None else [self._wanted]
-        elif self._wanted not in (None, is_on):
-            self.notes.append("the model has no switch for checkpointing, and stays as it is")
-        for is_on in states:
-            yield Setting(is_on, None, self._job.objective)
-            if self._job.objective.leaner is not None:
-                leaner = self._job.objective.leaner
-                yield Setting(is_on, leaner.chunk, leaner)
-
-    def _with(self, setting: Setting) -> Job:
-        return dataclasses.replace(
-            self._job, objective=setting.objective, checkpointing=setting.checkpointing
-        )
-
-    def _option(self, choice: Choice, setting: Setting, forecast: "Traced | Measured") -> Option:
-        return Option(
-            choice.budget,
-            choice.rows,
-            choice.length,
-            max(1, round(choice.num_micros)),
-            setting.checkpointing,
-            setting.chunk,
-            choice.peak_bytes,
-            forecast.categories(choice.rows, choice.length),
-            choice.seconds + forecast.seconds_after,
-            choice.peak_bytes <= self._cap.num_bytes,
-        )
 
 
 def _inputs(
@@ -464,12 +244,3 @@ def _as_on_cuda(make: MakeOptimizer) -> MakeOptimizer:
 def _device_here() -> str:
     found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return "cpu" if found is None else found.type
-
-
-def _listed(categories: dict[str, int]) -> str:
-    parts = sorted(((categories.get(name, 0), name) for name in CATEGORIES), reverse=True)
-    return ", ".join(f"{name} {amount(num)}" for num, name in parts[:3] if num)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0][:160]
