@@ -9,6 +9,7 @@ a fresh process without a cap that begins with the budget at which it ended.
 
 import argparse
 import ctypes
+import dataclasses
 import json
 import random
 import resource
@@ -59,7 +60,7 @@ def data_bytes() -> int:
     return int(fields["VmData"].split()[0]) * 1024
 
 
-def one(seed: int, mib: int | None, limit: int | None) -> dict[str, Any]:
+def one(seed: int, mib: int | None, limit: dict[str, int] | None) -> dict[str, Any]:
     """Run one step, with that many MiB left or without a cap; in a process of its own."""
     torch.set_num_threads(1)
     libc = ctypes.CDLL(None)
@@ -71,7 +72,7 @@ def one(seed: int, mib: int | None, limit: int | None) -> dict[str, Any]:
     warm = gradaccum.Accumulator(net, gradaccum.causal_lm(), budget=gradaccum.Budget(examples=1))
     warm.backward(rows[:1])
     net.zero_grad()
-    accumulator.limit = None if limit is None else gradaccum.Budget(tokens=limit)
+    accumulator.limit = None if limit is None else gradaccum.Budget(**limit)
     torch.manual_seed(seed)
     if mib is not None:
         libc.malloc_trim(0)
@@ -87,14 +88,14 @@ def one(seed: int, mib: int | None, limit: int | None) -> dict[str, Any]:
     return {
         "ended": "exact",
         "num_recoveries": len(step.recoveries),
-        "limit": accumulator.limit and accumulator.limit.tokens,
+        "limit": accumulator.limit and dataclasses.asdict(accumulator.limit),
         "num_micros": step.num_micros,
         "num_examples": step.num_examples,
         "digest": digest(net),
     }
 
 
-def run(seed: int, mib: int | None, limit: int | None) -> dict[str, Any]:
+def run(seed: int, mib: int | None, limit: dict[str, int] | None) -> dict[str, Any]:
     command = [sys.executable, __file__, "--one", json.dumps([seed, mib, limit])]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     if done.returncode:
