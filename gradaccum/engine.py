@@ -16,6 +16,7 @@ import logging
 import math
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -245,8 +246,12 @@ class Accumulator:
         _refuse_coupled(self.model, len(window.micros))
         stop = device_memory.stopwatch(device)
         late = None
+        attention = nullcontext()
+        if _is_ragged(window.micros):
+            attention = device_memory.attending_any_shape(device)
         with accumulating(parameters, self._accumulate_dtype, self._grad_dtype):
-            ran, losses, reported = self._run(window, device)
+            with attention:
+                ran, losses, reported = self._run(window, device)
             self._running = window.micros[0]  # what is left to do takes no part of the batch
             if window.totals is None:
                 late = torch.stack(reported).sum()
@@ -330,6 +335,12 @@ def _require_cleared(parameters: list[nn.Parameter]) -> None:
         )
     for p in parameters:
         p.grad = None
+
+
+def _is_ragged(micros: tuple[Micro, ...]) -> bool:
+    """Tell whether examples differ in size, so that micro-batches differ in shape."""
+    is_padded = any(micro.size != micro.useful for micro in micros)
+    return is_padded or len({micro.size // len(micro.examples) for micro in micros}) > 1
 
 
 def _refuse_ranks() -> None:

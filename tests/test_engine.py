@@ -1,6 +1,7 @@
 """Accumulated gradients against the oracle: float64, any cut, any order, any form of the batch."""
 
 import copy
+import functools
 import math
 import random
 import warnings
@@ -12,9 +13,11 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 import gradaccum
+from gradaccum import device as device_memory
 from gradaccum.errors import BadInput, CountMismatch, NotDecomposable
 from tests import oracle
 from tests.models import CausalLM, collated, examples, model, oracle_loss
@@ -562,6 +565,19 @@ def test_several_processes_are_refused(monkeypatch):
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     with pytest.raises(BadInput, match="one process so far, and this is one of 2"):
         accumulated(net, batch, Budget(examples=1))
+
+
+def test_ragged_batches_leave_the_attention_aside_that_compiles_for_each_shape(monkeypatch):
+    cuda, seen = torch.backends.cuda, []
+    on_cuda = functools.partial(device_memory.attending_any_shape, torch.device("cuda"))
+    monkeypatch.setattr(device_memory, "attending_any_shape", lambda _: on_cuda())
+    net = model()
+    net.register_forward_pre_hook(lambda *_: seen.append(cuda.cudnn_sdp_enabled()))
+    for lengths, budget in (([4, 4, 4], 8), ([4, 3, 4], 12), ([4, 2], 4), ([5, 5], 10)):
+        accumulated(net, examples(lengths), Budget(tokens=budget))
+    assert seen == [True, True, False, False, False, True] and cuda.cudnn_sdp_enabled()
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION), on_cuda():
+        assert cuda.cudnn_sdp_enabled()  # there is no other
 
 
 def test_examples_hold_scalars_of_any_kind():
