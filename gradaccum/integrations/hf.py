@@ -52,6 +52,7 @@ from gradaccum.state import undisturbed, without_dropout
 from gradaccum.types import Budget, Micro, Proof
 
 T = TypeVar("T", bound=Trainer)
+COMPUTED = {"bf16": torch.bfloat16, "fp16": torch.float16}  # by the name of the mixed precision
 
 
 class Attached(Evaluated):
@@ -184,7 +185,8 @@ class Attached(Evaluated):
                 )
                 for window in (accumulated, dataclasses.replace(full, inputs=(turned,)))
             )
-            floor = max(reordered, measures.rounding(model, expected))
+            computed = COMPUTED.get(self.accelerator.mixed_precision)
+            floor = max(reordered, measures.rounding(model, expected, computed))
         return Proof(error, floor, len(examples), len(accumulated.micros))
 
     def _prepare(self, model: nn.Module, given: Examples) -> Window:
