@@ -2,11 +2,13 @@
 
 import collections
 import copy
+import dataclasses
 import warnings
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import (
     BertConfig,
     BertForMaskedLM,
@@ -19,7 +21,7 @@ from transformers import (
 )
 
 import gradaccum
-from gradaccum.memory.predict import Envelope, Job, run_step, trace
+from gradaccum.memory.predict import Envelope, Job, run_step, switch, trace
 from gradaccum.memory.recipes import OPTIMIZERS, FourBit, optimizer_of, quantise
 from gradaccum.memory.tracker import CATEGORIES, Tracker
 from gradaccum.optimizers import materialize
@@ -220,6 +222,17 @@ def test_a_trace_notes_what_a_real_step_runs_and_moves():
         collections.Counter(op.moved_bytes for op in noted(work)) for noted in (traced, ran)
     )
     assert fake == own
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_shared_heads_in_float32_attend_by_products_as_on_cuda(checkpointing):
+    """Seen on an H200: no fused kernel takes them."""
+    work = job(MAKERS["llama"](), as_cuda=True, checkpointing=checkpointing)
+    switch(work.model, checkpointing)
+    with sdpa_kernel(SDPBackend.MATH):
+        expected = real(work, 4, 32, tracker=Tracker(as_cuda=True)).peak_bytes
+    assert abs(trace(work, 4, 32).peak_bytes - expected) <= 512  # a scalar's block
+    assert trace(dataclasses.replace(work, as_cuda=False), 4, 32).peak_bytes < expected
 
 
 def traced(work):  # on a twin

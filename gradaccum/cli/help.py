@@ -113,7 +113,7 @@ usage: gradaccum plan [flags of train] [--memory 24GiB] [--device cpu|cuda] [--p
 
 Say what a step of these flags takes and which way of running it is fastest, before it runs. The
 step is traced on a model without data: a directory with a config.json suffices, and a model of
-8 billion parameters takes under a minute and half a gigabyte on a laptop.
+8 billion parameters takes under a minute and 0.7 GiB on a laptop.
 
   gradaccum plan                                              the embedded example, on this machine
   gradaccum plan --model_name_or_path ./model --effective_batch_size 64 --max_length 2048 \\

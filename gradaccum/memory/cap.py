@@ -17,10 +17,14 @@ UNITS = {"": 1, "b": 1} | {
 }
 HINT = 'memory="20GiB" (or "20G"), "24GB", bytes, or a fraction such as 0.9 or "90%"'
 MIB = 2**20
-# Of CUDA. Each is an assumption that a plan names.
-CONTEXT = 512 * MIB  # of driver and kernels, outside of torch's allocator: 300 to 600 MiB
-WORKSPACE = 40 * MIB  # of cuBLAS, kept by the process: 8 MiB, 32 MiB on Hopper
-FRAGMENTS = 0.06  # a replay of traces through a model of the allocator: 0.7 to 6.1% at the cap
+# Of CUDA; each is an assumption that a plan names. Measured on an H200 with torch 2.11
+# (benchmarks/cuda.py): a context of 711 MiB; the smallest bound under which a step runs lies above
+# what its tensors take by 5 to 10% where that is 10 to 20 GiB, by 66 to 284 MiB where it is less.
+CONTEXT = 768 * MIB  # of driver and kernels, outside of torch's allocator
+# Of cuBLAS, kept for the thread that runs forwards and the one that runs backwards: 8 MiB each, and
+# 32 MiB on Hopper; aten/src/ATen/cuda/CublasHandlePool.cpp.
+WORKSPACE = 64 * MIB
+FRAGMENTS, SEGMENTS = 0.1, 128 * MIB  # of the allocator: blocks that do not fit together
 # Of glibc, which keeps some of what is freed. Measured with its default thresholds: 13 to 40% where
 # most memory is activations; the share of what is available leaves room for that.
 AVAILABLE = 0.7
@@ -66,13 +70,17 @@ def cap_of(
         left = round((stated - CPU_SLACK) / (1 + CPU_MARGIN))
         text = f"{said}; 1% and 2 MiB of it are left for what no tensor holds"
         return Cap(stated, max(0, left), (text,))
-    workspace, how = (WORKSPACE, "assumed") if beyond_bytes is None else (beyond_bytes, "measured")
-    left = round((stated - CONTEXT - workspace) / (1 + FRAGMENTS))
+    others = CONTEXT + WORKSPACE + SEGMENTS + (beyond_bytes or 0)
+    left = round((stated - others) / (1 + FRAGMENTS))
+    kernels = ""
+    if beyond_bytes is not None:
+        kernels = f"{beyond_bytes // MIB} MiB for those of kernels (measured), "
     texts = (
         said,
         f"{CONTEXT // MIB} MiB of it for the context of the driver (assumed), "
-        f"{workspace // MIB} MiB for the workspace of cuBLAS and of kernels ({how}), "
-        f"{FRAGMENTS:.0%} for blocks that do not fit together (assumed)",
+        f"{WORKSPACE // MIB} MiB for the workspaces of cuBLAS (assumed), "
+        f"{kernels}{FRAGMENTS:.0%} and {SEGMENTS // MIB} MiB for blocks that do not fit together "
+        "(assumed)",
     )
     return Cap(stated, max(0, left), texts)
 

@@ -148,7 +148,8 @@ class Measured:
 def beyond_tensors(job: Job, length: int) -> int:
     """Return the bytes that one row on the GPU takes beyond what its trace says.
 
-    That is the workspace of cuBLAS, and what kernels keep that no trace sees.
+    That is what kernels take inside, which no trace sees. Not cuBLAS's workspaces: they are there
+    from the first run on, before the one that is measured.
     """
     expected = trace(dataclasses.replace(job, optimizer=torch.optim.SGD), 1, length).peak_bytes
     taken = held_bytes(job.model) + _probed(job, [length]).peak_bytes(1, length)

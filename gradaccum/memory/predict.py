@@ -129,7 +129,7 @@ def trace(
     """
     tracker = Tracker(record=record, as_cuda=job.as_cuda)
     window = job.window(rows, length, num_micros or job.num_micros)
-    with faking(job.model, padded=job.padded and rows > 1) as mode:
+    with faking(job.model, padded=job.padded and rows > 1, as_cuda=job.as_cuda) as mode:
         same = functools.cache(functools.partial(fake_like, mode=mode))  # one for each tensor
         inputs = map_leaves(window.inputs, same)
         model = as_trained(twin_of(job.model, mode))

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -67,19 +68,21 @@ def fake_like(tensor: Any, mode: FakeTensorMode, bases: dict[int, Tensor] | None
 
 
 @contextmanager
-def faking(model: nn.Module, *, padded: bool) -> Iterator[FakeTensorMode]:
+def faking(model: nn.Module, *, padded: bool, as_cuda: bool = False) -> Iterator[FakeTensorMode]:
     """Yield the mode in which a twin runs.
 
     Args:
         model: Whose twin it will be.
         padded: Whether batches have padding; without it models are given no mask.
+        as_cuda: Take the operations that CUDA takes where the CPU has others.
     """
     if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None:
         raise RuntimeError("a FakeTensorMode is active already, and nested ones count wrongly")
     packing = nullcontext() if padded else _without_packing()
     has_experts = any("expert" in type(m).__name__.lower() for m in model.modules())
     grouping = _GroupedInAnyDtype() if has_experts else nullcontext()
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode, packing, grouping:
+    attending = _attending_as_cuda() if as_cuda else nullcontext()
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, packing, grouping, attending:
         yield mode
 
 
@@ -101,6 +104,30 @@ def _without_packing() -> Iterator[None]:
         yield
     finally:
         masking.find_packed_sequence_indices = before
+
+
+@contextmanager
+def _attending_as_cuda() -> Iterator[None]:
+    """Attend by single products where CUDA has no fused kernel: float32 with shared heads.
+
+    Flash attention takes 16 bits, and the memory-efficient kernel as many keys as queries; seen on
+    an H200 with torch 2.11. A mode for functions would be off where a checkpoint runs its forward
+    again. Dies when a kernel takes both.
+    """
+    attend = nn.functional.scaled_dot_product_attention
+
+    def as_cuda(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        is_single = query.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+        if not (is_single and kwargs.get("enable_gqa")):
+            return attend(query, *args, **kwargs)
+        with sdpa_kernel(SDPBackend.MATH):
+            return attend(query, *args, **kwargs)
+
+    nn.functional.scaled_dot_product_attention = as_cuda
+    try:
+        yield
+    finally:
+        nn.functional.scaled_dot_product_attention = attend
 
 
 class _GroupedInAnyDtype(TorchDispatchMode):
