@@ -12,13 +12,12 @@ import argparse
 import os
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers as hf
-from common import publish
+from common import device, publish, seconds_now
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp()  # nothing is remembered from before
@@ -39,7 +38,7 @@ def ragged() -> tuple[Any, Any, list[Any]]:
         ids = tokenizer(pair["prompt"] + pair["completion"])["input_ids"][:1024]
         rows.append({"input_ids": ids, "labels": ids})
     batches = [rows[i : i + SIZE] for i in range(0, len(rows), SIZE)]
-    return embedded.model(tokenizer).train(), gradaccum.causal_lm(), batches
+    return embedded.model(tokenizer).train().to(device()), gradaccum.causal_lm(), batches
 
 
 def even() -> tuple[Any, Any, list[Any]]:
@@ -55,7 +54,7 @@ def even() -> tuple[Any, Any, list[Any]]:
         for _ in range(2)
     ]
     objective = gradaccum.from_mean(weight="rows", size=lambda example: len(example["input_ids"]))
-    return hf.BertForSequenceClassification(config).train(), objective, batches
+    return hf.BertForSequenceClassification(config).train().to(device()), objective, batches
 
 
 def compared(make: Any, rounds: int) -> dict[str, Any]:
@@ -63,17 +62,17 @@ def compared(make: Any, rounds: int) -> dict[str, Any]:
     collate = None
     if make is even:
         collate = lambda rows: {k: torch.tensor([row[k] for row in rows]) for k in rows[0]}  # noqa: E731
-    begin = time.perf_counter()
+    begin = seconds_now()
     auto = gradaccum.Accumulator(model, objective, collate=collate)
     auto.backward(batches[0])
-    found, first = auto.found, time.perf_counter() - begin
+    found, first = auto.found, seconds_now() - begin
     model.zero_grad()
-    begin = time.perf_counter()
+    begin = seconds_now()
     auto.backward(batches[0])
-    planning = first - (time.perf_counter() - begin)
+    planning = first - (seconds_now() - begin)
     model.zero_grad()
     longest = max(len(row["input_ids"]) for batch in batches for row in batch)
-    grid = [64, 128, 256, 512, 1024, 2048, 4096, 8192]
+    grid = [2**n for n in range(6, 14 if device().type == "cpu" else 17)]
     budgets = sorted({*grid, found.budget.tokens})
     seconds: dict[int, float] = {}
     for _ in range(rounds):
@@ -81,11 +80,11 @@ def compared(make: Any, rounds: int) -> dict[str, Any]:
             engine = gradaccum.Accumulator(
                 model, objective, budget=Budget(tokens=tokens), collate=collate
             )
-            begin = time.perf_counter()
+            begin = seconds_now()
             for batch in batches:
                 engine.backward(batch)
                 model.zero_grad()
-            spent = time.perf_counter() - begin
+            spent = seconds_now() - begin
             seconds[tokens] = min(spent, seconds.get(tokens, spent))
         print(make.__name__, seconds, file=sys.stderr)
     best = min(seconds, key=seconds.__getitem__)

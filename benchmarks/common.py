@@ -32,6 +32,18 @@ def publish(figures: dict[str, Any], out: str | None, *modules: Any) -> None:
         Path(out).write_text(text + "\n")
 
 
+def device() -> torch.device:
+    """Return the accelerator, if there is one."""
+    return torch.accelerator.current_accelerator() or torch.device("cpu")
+
+
+def seconds_now() -> float:
+    """Return the time once the device has done all that was asked of it."""
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+    return time.perf_counter()
+
+
 def timed(owner: type, name: str) -> list[float]:
     """Time a method from now on; return the list that gets the seconds of each call."""
     own, spent = getattr(owner, name), []

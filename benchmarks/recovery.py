@@ -10,13 +10,12 @@ figure: it is far below the noise between two steps.
 import argparse
 import statistics
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers as hf
-from common import publish
+from common import device, publish, seconds_now
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -31,7 +30,7 @@ def llama(width: int, layers: int, vocab: int) -> Any:
         num_hidden_layers=layers, num_attention_heads=width // 64,
         num_key_value_heads=width // 64,
     )  # fmt: skip
-    return hf.LlamaForCausalLM(config).train()
+    return hf.LlamaForCausalLM(config).train().to(device())
 
 
 class Nothing:
@@ -49,16 +48,16 @@ def compared(model: Any, rows: int, length: int, rounds: int) -> dict[str, float
     for _ in range(rounds):
         for kind, spent in seconds.items():
             engine.Past = kind
-            begin = time.perf_counter()
+            begin = seconds_now()
             accumulator.backward(examples)
-            spent.append(time.perf_counter() - begin)
+            spent.append(seconds_now() - begin)
             model.zero_grad()
     engine.Past = Past
     noting = []
     for _ in range(50):
-        begin = time.perf_counter()
+        begin = seconds_now()
         Past(model, largest=engine.KEPT)
-        noting.append(time.perf_counter() - begin)
+        noting.append(seconds_now() - begin)
     with_it, without = (statistics.median(spent) for spent in seconds.values())
     return {
         "step_seconds": round(without, 4),
