@@ -18,7 +18,7 @@ UNITS = {"": 1, "b": 1} | {
 HINT = 'memory="20GiB" (or "20G"), "24GB", bytes, or a fraction such as 0.9 or "90%"'
 MIB = 2**20
 # Of CUDA; each is an assumption that a plan names. Measured on an H200 with torch 2.11
-# (benchmarks/cuda.py): a context of 711 MiB; the smallest bound under which a step runs lies above
+# (benchmarks/gpu.py): a context of 711 MiB; the smallest bound under which a step runs lies above
 # what its tensors take by 5 to 10% where that is 10 to 20 GiB, by 66 to 284 MiB where it is less.
 CONTEXT = 768 * MIB  # of driver and kernels, outside of torch's allocator
 # Of cuBLAS, kept for the thread that runs forwards and the one that runs backwards: 8 MiB each, and

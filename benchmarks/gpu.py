@@ -1,6 +1,6 @@
 """Hold what a plan says of CUDA against a GPU; run into its memory; time ragged micro-batches.
 
-python benchmarks/cuda.py --out benchmarks/results/cuda.json
+python benchmarks/gpu.py --out benchmarks/results/gpu.json
 
 - predicted: the peak that is predicted, with the workspaces of cuBLAS, against what torch allocates
   at most, against what it reserves, and against the smallest bound on what it reserves under which
