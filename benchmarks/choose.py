@@ -3,13 +3,14 @@
 python benchmarks/choose.py --out benchmarks/results/choose.json
 
 Two models: the embedded default on its real, ragged data, and an encoder on rows of equal length.
-Each budget of the grid runs the same effective batches, interleaved, one round after the other; the
-rate of a budget is that of its fastest round. "lost" is how much slower the chosen one is than the
-best.
+Each budget of the grid runs the same effective batches, interleaved, one round after the other. The
+machine's speed drifts, so what counts is a budget's share of the time of its round, in the median
+over rounds. "lost" is how much slower the chosen one is than the best.
 """
 
 import argparse
 import os
+import statistics
 import sys
 import tempfile
 from pathlib import Path
@@ -34,7 +35,7 @@ def ragged() -> tuple[Any, Any, list[Any]]:
     pairs = embedded.functions(600)
     tokenizer = embedded.tokenizer(pair["prompt"] + pair["completion"] for pair in pairs)
     rows = []
-    for pair in pairs[: 6 * SIZE]:
+    for pair in pairs[: 2 * SIZE]:
         ids = tokenizer(pair["prompt"] + pair["completion"])["input_ids"][:1024]
         rows.append({"input_ids": ids, "labels": ids})
     batches = [rows[i : i + SIZE] for i in range(0, len(rows), SIZE)]
@@ -74,8 +75,9 @@ def compared(make: Any, rounds: int) -> dict[str, Any]:
     longest = max(len(row["input_ids"]) for batch in batches for row in batch)
     grid = [2**n for n in range(6, 14 if device().type == "cpu" else 17)]
     budgets = sorted({*grid, found.budget.tokens})
-    seconds: dict[int, float] = {}
+    shares: dict[int, list[float]] = {tokens: [] for tokens in budgets}
     for _ in range(rounds):
+        seconds: dict[int, float] = {}
         for tokens in budgets:
             engine = gradaccum.Accumulator(
                 model, objective, budget=Budget(tokens=tokens), collate=collate
@@ -84,16 +86,22 @@ def compared(make: Any, rounds: int) -> dict[str, Any]:
             for batch in batches:
                 engine.backward(batch)
                 model.zero_grad()
-            spent = seconds_now() - begin
-            seconds[tokens] = min(spent, seconds.get(tokens, spent))
+            seconds[tokens] = seconds_now() - begin
+        for tokens, spent in seconds.items():
+            shares[tokens].append(spent / statistics.mean(seconds.values()))
         print(make.__name__, seconds, file=sys.stderr)
-    best = min(seconds, key=seconds.__getitem__)
+    time = {tokens: statistics.median(found) for tokens, found in shares.items()}
+    best = min(time, key=time.__getitem__)
     return {
         "longest": longest,
-        "seconds_by_tokens": {tokens: round(s, 3) for tokens, s in seconds.items()},
+        "time_by_tokens": {tokens: round(time[tokens] / time[best], 3) for tokens in budgets},
+        "spread_by_tokens": {
+            tokens: round((max(found) - min(found)) / time[best], 3)
+            for tokens, found in shares.items()
+        },
         "best_tokens": best,
         "chosen_tokens": found.budget.tokens,
-        "lost": seconds[found.budget.tokens] / seconds[best] - 1,
+        "lost": round(time[found.budget.tokens] / time[best] - 1, 4),
         "micro_batches_measured": found.num_probes,
         "planning_seconds": round(planning, 2),
     }
@@ -101,7 +109,7 @@ def compared(make: Any, rounds: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--out")
     args = parser.parse_args()
     figures = {make.__name__: compared(make, args.rounds) for make in (ragged, even)}
