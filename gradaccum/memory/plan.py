@@ -168,6 +168,11 @@ def plan(
     search = Search(job, drawn, budgets, cap, machine, checkpointing)
     chosen, options = search.confirmed(search.candidates())
     texts = [*cap.assumptions, assumed, *assumptions, *search.notes]
+    if place.type == "cuda":
+        texts.append(
+            "counted from their sources: blocks of 512 bytes, and what flash attention's backward "
+            "takes for itself"
+        )
     if whole:
         texts.append("BatchNorm in training mode needs the whole batch in one micro-batch")
     if not machine.is_here:
