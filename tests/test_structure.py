@@ -64,3 +64,13 @@ def test_importing_the_root_needs_torch_alone():
 def test_the_root_has_at_most_ten_names():
     assert len(gradaccum.__all__) <= 10
     assert all(getattr(gradaccum, name) is not None for name in gradaccum.__all__)
+
+
+def test_no_benchmark_has_the_name_of_what_torch_imports():
+    """Scripts find their own directory first: one called "cuda" broke all others."""
+    code = "import sys; sys.path.insert(0, 'benchmarks'); import torch; print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT.parent
+    )
+    ours = {path.stem for path in (ROOT.parent / "benchmarks").glob("*.py")}
+    assert not ours & set(done.stdout.split())
