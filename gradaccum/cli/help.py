@@ -9,7 +9,6 @@ commands:
   train     fine-tune a language model at a stated effective batch size; without flags it runs
             a small embedded example in under three minutes
   verify    tell whether a loop or a trainer accumulates exactly, and if not, why
-
   plan      tell what a run needs, what fits and what is fastest, before it runs: neither weights
             nor a GPU are needed
 
