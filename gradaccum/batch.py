@@ -53,7 +53,7 @@ class Listed:
         ready: Mapping[tuple[int, ...], Any] | None = None,
     ) -> None:
         self._examples = examples
-        self._collate = collate
+        self.collate = collate
         self._ready = ready or {}
 
     def __len__(self) -> int:
@@ -66,7 +66,7 @@ class Listed:
         rows = tuple(examples)
         if rows in self._ready:
             return self._ready[rows]
-        return self._collate([_copied(self._examples[i]) for i in rows])
+        return self.collate([_copied(self._examples[i]) for i in rows])
 
     def settled(self, examples: Sequence[int]) -> HostBatch:
         """Return these examples, the random numbers of their collator drawn for good.
@@ -74,7 +74,7 @@ class Listed:
         Comparing two ways of running a batch needs the same inputs twice. Without random numbers
         each micro-batch is collated by itself, as in training.
         """
-        chosen = Listed([self._examples[i] for i in examples], self._collate)
+        chosen = Listed([self._examples[i] for i in examples], self.collate)
         if not examples:
             return chosen
         once, again = self.take(examples), self.take(examples)
@@ -143,7 +143,9 @@ class Collated:
         return _map_rows(self._tree, self._num_rows, cut, trim)
 
 
-def as_batch(batch: Any, collate: Collate | None, *, trim: bool = False) -> HostBatch:
+def as_batch(
+    batch: Any, collate: Collate | None, *, trim: bool = False, may_be_empty: bool = False
+) -> HostBatch:
     """Return the batch in the form that its type calls for; `trim` as for `Collated`.
 
     Raises:
@@ -151,12 +153,14 @@ def as_batch(batch: Any, collate: Collate | None, *, trim: bool = False) -> Host
     """
     if isinstance(batch, (Listed, Collated)):
         return batch
+    if may_be_empty and isinstance(batch, Sequence) and not batch:
+        return Listed(batch, collate or pad_collate)
     is_examples = isinstance(batch, Sequence) and (collate is not None or not _is_collated(batch))
     if is_examples:
         host = Listed(batch, collate or functools.partial(pad_collate, masked=are_padded(batch)))
     else:
         host = Collated(tuple(batch) if isinstance(batch, list) else batch, trim=trim)
-    if not len(host):
+    if not len(host) and not may_be_empty:
         raise BadInput("the effective batch has no examples")
     return host
 

@@ -15,7 +15,7 @@ import functools
 import logging
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -25,13 +25,24 @@ from torch import Tensor, nn
 
 from gradaccum import device as device_memory
 from gradaccum.batch import Collate, HostBatch, as_batch
-from gradaccum.errors import LESS_MEMORY, BadInput, CountMismatch, DoesNotFit, NotDecomposable
+from gradaccum.errors import (
+    LESS_MEMORY,
+    BadInput,
+    CountMismatch,
+    DoesNotFit,
+    NotDecomposable,
+    PeerFailed,
+    RankDisagreement,
+)
 from gradaccum.objective import Objective, by_term, shares, sum_and_weight
 from gradaccum.split import split
 from gradaccum.state import Past, Random, accumulating, batch_norms
+from gradaccum.sync.alone import Alone, Hearing, Message, OtherQuestions
+from gradaccum.sync.choose import module_of, num_ranks, ranks_of
 from gradaccum.trees import to_device
-from gradaccum.types import Budget, Micro, Recovery, Step
+from gradaccum.types import Budget, Micro, Recovery, Share, Step
 
+AGAIN = "again"  # what a rank says in place of the end of its window
 KEPT = 2**20  # elements of buffers that are kept in each step, to be put back if it runs again
 logger = logging.getLogger(__name__)
 
@@ -49,6 +60,8 @@ class Window:
         unit: What the weights count.
         host: The effective batch, to be cut again if a micro-batch does not fit.
         random: The random state before it was collated, and after.
+        hearing: Says and hears what there is to say about it.
+        heard: What ranks said when it was counted.
     """
 
     micros: tuple[Micro, ...]
@@ -59,6 +72,14 @@ class Window:
     unit: str
     host: HostBatch
     random: tuple[Random, Random]
+    hearing: Hearing
+    heard: Sequence[Message] = ()
+
+    @property
+    def share(self) -> Share:
+        """Return what this rank has of the effective batch."""
+        padded, useful = sum(m.size for m in self.micros), sum(m.useful for m in self.micros)
+        return Share(len(self.micros), len(self.host), padded, useful)
 
 
 class Accumulator:
@@ -134,38 +155,85 @@ class Accumulator:
         self._after_micro = after_micro
         self._last: Step | None = None
         self._running: Micro | None = None
+        self._ranks: Alone | None = None
+        self._hearing: Hearing | None = None  # of the step that is being prepared
+
+    @property
+    def ranks(self) -> Alone:
+        """Return who trains the model together; found at the first step, by all ranks at once."""
+        if self._ranks is None or self._ranks.world != num_ranks():
+            self._ranks = ranks_of(self.model)
+            self._ranks.require_same(self.model)
+        return self._ranks
 
     def prepare(self, batch: Any) -> Window:
         """Cut, collate and count an effective batch on the host; `backward` takes the result.
 
-        Each example is collated once, so a collator that draws random numbers draws them once.
+        Each example is collated once, so a collator that draws random numbers draws them once. On
+        several ranks this is a rank's share, which `backward` counts again, with all others.
 
         Raises:
             BadInput: The batch is empty or a weight is negative or not finite.
         """
+        hearing = self._hearing or Hearing(Alone())
         before = Random()
-        host: HostBatch = as_batch(batch, self._collate, trim=self.objective.trim)
+        host = as_batch(
+            batch, self._collate, trim=self.objective.trim, may_be_empty=hearing.ranks.world > 1
+        )
         micros = split(host, self.objective, self.budget.within(self.limit))
         inputs = tuple(host.take(micro.examples) for micro in micros)
-        losses, unit = (self.objective.loss,) * len(micros), self.objective.unit
-        if self.objective.resolve is not None:
-            _refuse_coupled(self.model, len(micros))
-            losses, weights, unit = self.objective.resolve(self.model, host, micros, inputs)
-        elif self.objective.weight is None:
-            drawn = before, Random()
-            return Window(tuple(micros), inputs, losses, None, None, unit, host, drawn)
-        else:
-            weights = tuple(by_term(self.objective.weight(part)) for part in inputs)
-        self._running = micros[0]
-        names = {name: None for weight in weights for name in weight}
-        if any(weight.keys() != names.keys() for weight in weights):
-            raise CountMismatch(
-                f"the weight of some micro-batches lacks one of the terms {sorted(names)}",
-                hint="return every term for every micro-batch, 0 where it does not occur",
-            )
-        totals = {name: math.fsum(weight[name] for weight in weights) for name in names}
         drawn = before, Random()
-        return Window(tuple(micros), inputs, losses, weights, totals, unit, host, drawn)
+        window = Window(tuple(micros), inputs, (), None, None, "", host, drawn, hearing)
+        return self._counted(window, hearing)
+
+    def _counted(self, window: Window, hearing: Hearing) -> Window:
+        """Return the window with its losses and weights, and those of all ranks in sum."""
+        objective, micros, inputs = self.objective, window.micros, window.inputs
+        losses, unit = (objective.loss,) * len(micros), objective.unit
+        share, weights, totals = window.share, None, None
+
+        def exchange(message: Message, num_runs: int = len(micros)) -> list[Message]:
+            return hearing.exchange(message | {"share": share, "num_runs": num_runs})
+
+        if objective.resolve is not None:
+            _refuse_coupled(self.model, len(micros))
+            losses, weights, totals, unit = objective.resolve(
+                module_of(self.model), window.host, list(micros), inputs, exchange
+            )
+            self._running = micros[0] if micros else None
+        elif objective.weight is None:
+            exchange({})
+        else:
+            weights = tuple(by_term(objective.weight(part)) for part in inputs)
+            self._running = micros[0] if micros else None
+            names = {name: None for weight in weights for name in weight}
+            if any(weight.keys() != names.keys() for weight in weights):
+                raise CountMismatch(
+                    f"the weight of some micro-batches lacks one of the terms {sorted(names)}",
+                    hint="return every term for every micro-batch, 0 where it does not occur",
+                )
+            own = {name: math.fsum(weight[name] for weight in weights) for name in names}
+            totals = _summed(exchange({"weights": own}, sum(any(w.values()) for w in weights)))
+        return dataclasses.replace(
+            window,
+            losses=losses,
+            weights=weights,
+            totals=totals,
+            unit=unit,
+            hearing=hearing,
+            heard=hearing.last,
+        )
+
+    def exchange(self, message: Message) -> list[Message]:
+        """Say a message to all ranks while they prepare a batch; return those of all, in order.
+
+        For collators and losses that need figures of the whole effective batch. Elsewhere than in
+        what `backward` calls, this rank is alone.
+
+        Args:
+            message: What JSON can hold; under other keys than "failed".
+        """
+        return (self._hearing or Hearing(Alone())).exchange(message)
 
     def backward(self, batch: Any) -> Step:
         """Fill `.grad` with the gradient of the effective batch.
@@ -174,37 +242,65 @@ class Accumulator:
         runs out, random state and buffers are put back and the whole batch runs again, in
         micro-batches of half the size that failed: bit for bit what they give at once.
 
+        On several ranks (torch.distributed is initialised) each calls this with its share of the
+        effective batch, which may be empty, and finds the gradient of the whole. A rank that runs
+        out of memory runs its share again while the others wait.
+
         Args:
             batch: A list of examples on the host, a collated batch, what `prepare` returned, or a
                 function that returns that, which is called again after memory ran out.
 
         Raises:
-            BadInput: Gradients of an unfinished step are still there; the batch is empty; there
-                is more than one process.
+            BadInput: Gradients of an unfinished step are still there; the batch is empty.
             CountMismatch: `loss` and `weight` name different terms.
             DoesNotFit: Memory ran out at a single example.
             NotDecomposable: There are several micro-batches, and BatchNorm is in training mode or
                 a hook waits for accumulated gradients.
+            PeerFailed: Another rank raised one of these, or is gone.
+            RankDisagreement: The ranks have different models or losses.
         """
         self._warn_of_last()
+        ranks = self.ranks
         past, recoveries = Past(self.model, largest=KEPT), list[Recovery]()
+        hearing = Hearing(ranks)
         while True:
-            self._running = None
+            said, is_first = "", True
             try:
-                self._last = dataclasses.replace(self.attempt(batch), recoveries=tuple(recoveries))
+                step = self._attempt(batch, hearing)
+                self._last = dataclasses.replace(step, recoveries=tuple(recoveries))
                 return self._last
+            except (PeerFailed, RankDisagreement):
+                raise
+            except OtherQuestions as asked:
+                is_first = asked.is_first
             except Exception as error:
                 if self._running is None or not device_memory.is_out_of_memory(error):
+                    ranks.abandon()
+                    ranks.fail(error)
                     raise
                 said = (str(error) or type(error).__name__).splitlines()[0]
                 device_memory.let_go(error)
             # Only out here has the traceback let go of the activations.
-            past.restore()
-            if isinstance(batch, Window):
-                batch = functools.partial(self._prepare_again, batch, past.random)
-            device_memory.release(next(self.model.parameters()).device)
-            recoveries.append(self._shrink(self._running, said))
-            logger.warning(str(recoveries[-1]))
+            try:
+                if said:
+                    ranks.abandon()
+                past.restore()
+                if isinstance(batch, Window):
+                    batch = functools.partial(self._prepare_again, batch, past.random)
+                device_memory.release(next(self.model.parameters()).device)
+                if said:
+                    assert self._running is not None, "memory ran out in it"
+                    recoveries.append(self._shrink(self._running, said))
+                    logger.warning(str(recoveries[-1]))
+            except Exception as error:
+                ranks.fail(error)
+                raise
+            if said and ranks.restarts_alone:
+                hearing.again()
+                continue
+            if is_first:
+                ranks.exchange({AGAIN: True})
+            hearing = Hearing(ranks)
 
     def _prepare_again(self, window: Window, now: Random) -> Window:
         """Cut it anew by the random state of the first time; go on with what came between."""
@@ -230,33 +326,45 @@ class Accumulator:
         return Recovery(failed, self.limit, said)
 
     def attempt(self, batch: Any) -> Step:
-        """Do as `backward` does, once: if memory runs out, that error is raised.
+        """Do as `backward` does, once and by this rank alone: if memory runs out, that is raised.
 
         Raises:
             Exception: As `backward`, without `DoesNotFit`.
         """
-        _refuse_ranks()
+        return self._attempt(batch, Hearing(Alone()))
+
+    def _attempt(self, batch: Any, hearing: Hearing) -> Step:
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         if not parameters:
             raise BadInput("the model has no parameter that requires a gradient")
         _require_cleared(parameters)
-        window = batch() if callable(batch) else batch
-        window = window if isinstance(window, Window) else self.prepare(window)
+        window = self._window(batch, hearing)
+        ranks, heard = hearing.ranks, window.heard
+        given = [Share(*said["share"]) for said in heard]
+        if not any(share.num_examples for share in given):
+            raise BadInput("the effective batch has no examples")
+        _refuse_coupled(self.model, sum(share.num_micros for share in given))
         device = parameters[0].device
-        _refuse_coupled(self.model, len(window.micros))
         stop = device_memory.stopwatch(device)
-        late = None
+        names = tuple(window.totals or ("loss",))
         attention = nullcontext()
         if _is_ragged(window.micros):
             attention = device_memory.attending_any_shape(device)
         with accumulating(parameters, self._accumulate_dtype, self._grad_dtype):
+            num_fillers = ranks.begin(parameters, [said["num_runs"] for said in heard])
             with attention:
-                ran, losses, reported = self._run(window, device)
-            self._running = window.micros[0]  # what is left to do takes no part of the batch
+                ran, losses, reported = self._run(window, device, ranks, num_fillers)
+            losses = torch.stack(losses) if losses else torch.zeros(0, len(names), device=device)
+            # What is left to do takes no part of the batch.
+            self._running = window.micros[0] if window.micros else None
+            used, shares = _ended(parameters, ranks, window.share)
+            wide = torch.float32 if device.type == "mps" else torch.float64
+            late = torch.stack(reported).sum() if reported else torch.zeros((), device=device)
+            own = torch.cat([losses.sum(0).to(wide), late.to(wide)[None]])
+            *_, late = sums = ranks.reduce(parameters, used, own)
+            sums, divisor = sums[:-1], torch.where(late == 0, 1, late)
             if window.totals is None:
-                late = torch.stack(reported).sum()
-                divisor = torch.where(late == 0, 1, late)
-                losses = losses / divisor
+                sums, losses = sums / divisor, losses / divisor
                 for p in parameters:
                     if p.grad is not None:
                         p.grad.div_(divisor)
@@ -264,32 +372,49 @@ class Accumulator:
                 warnings.warn(f"no {window.unit}: the gradients are zero", stacklevel=3)
                 for p in parameters:
                     p.grad = torch.zeros_like(p, dtype=p.grad_dtype)
-            total, on_host = losses.sum(), losses.to("cpu", non_blocking=True)
-            late = None if late is None else late.to("cpu", non_blocking=True)
+            total = sums.sum().to(losses.dtype)
+            on_host = [x.to("cpu", non_blocking=True) for x in (losses, sums, late)]
         return Step(
             micros=window.micros,
+            shares=shares,
+            rank=ranks.rank,
+            sync=ranks.policy,
             weights=window.totals,
             unit=window.unit,
             peak_bytes=device_memory.peak_bytes(device),
             total_bytes=device_memory.total_bytes(device),
-            names=tuple(window.totals or ("loss",)),
+            names=names,
             loss_tensor=total,
             recoveries=(),
-            _losses=on_host,
+            _losses=on_host[0],
+            _sums=on_host[1],
             _ran=ran,
-            _late_weight=late,
+            _late_weight=on_host[2],
             _wait=stop(),
         )
 
+    def _window(self, batch: Any, hearing: Hearing) -> Window:
+        """Return the window that is to run, counted with all ranks."""
+        self._running, self._hearing = None, hearing
+        try:
+            window = batch() if callable(batch) else batch
+            window = window if isinstance(window, Window) else self.prepare(window)
+            if window.hearing.ranks is not hearing.ranks and hearing.ranks.world > 1:
+                window = self._counted(window, hearing)  # it was prepared ahead, by this rank alone
+            return window
+        finally:
+            self._hearing = None
+
     def _run(
-        self, window: Window, device: torch.device
-    ) -> tuple[tuple[int, ...], Tensor, list[Tensor]]:
+        self, window: Window, device: torch.device, ranks: Alone, num_fillers: int
+    ) -> tuple[tuple[int, ...], list[Tensor], list[Tensor]]:
         """Run every micro-batch forward and backward.
 
         Returns:
-            Which micro-batches ran; their share of the loss, shape (ran, terms), on the device;
-            the weights that the losses reported.
+            Which micro-batches ran; their shares of the loss, each of shape (terms,), on the
+            device; the weights that the losses reported.
         """
+        model = module_of(self.model)
         ran: list[int] = []
         losses: list[Tensor] = []
         reported: list[Tensor] = []
@@ -297,21 +422,22 @@ class Accumulator:
             self._running = micro
             # A micro-batch without weight adds zero; running it could add 0 * inf instead.
             if window.weights is None or any(window.weights[i].values()):
-                loss = window.losses[i](self.model, to_device(inputs, device))
-                if window.weights is None or window.totals is None:
-                    part, weight = sum_and_weight(loss, device)
-                    parts = [part]
-                    reported.append(weight)
-                else:
-                    parts = shares(loss, window.weights[i], window.totals)
-                # Autocast is for forwards; its documentation advises against it in backward.
-                with torch.autocast(device.type, enabled=False):
-                    self._backward(sum(parts[1:], parts[0]))
+                with ranks.micro():
+                    loss = window.losses[i](model, to_device(inputs, device))
+                    if window.weights is None or window.totals is None:
+                        part, weight = sum_and_weight(loss, device)
+                        parts = [part]
+                        reported.append(weight)
+                    else:
+                        parts = shares(loss, window.weights[i], window.totals)
+                    # Autocast is for forwards; its documentation advises against it in backward.
+                    with torch.autocast(device.type, enabled=False):
+                        self._backward(sum(parts[1:], parts[0]))
                 losses.append(torch.stack([part.detach().to(device) for part in parts]))
                 ran.append(i)
             if self._after_micro is not None:
                 self._after_micro(micro)
-        return tuple(ran), torch.stack(losses) if losses else torch.zeros(0, 1), reported
+        return tuple(ran), losses, reported
 
     def _warn_of_last(self) -> None:
         """Warn if the last step's loss was not finite; by now the device has long computed it."""
@@ -343,12 +469,32 @@ def _is_ragged(micros: tuple[Micro, ...]) -> bool:
     return is_padded or len({micro.size // len(micro.examples) for micro in micros}) > 1
 
 
-def _refuse_ranks() -> None:
-    """Refuse to leave the gradient of one rank's share, or as many reductions as micro-batches."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        world = torch.distributed.get_world_size()
-        if world > 1:
-            raise BadInput(f"an Accumulator runs on one process so far, and this is one of {world}")
+def _summed(heard: list[Message]) -> dict[str, float]:
+    """Return the weights of all ranks in sum, by term."""
+    given = [said["weights"] for said in heard if said["weights"]]
+    names = {name: None for weights in given for name in weights}
+    if any(weights.keys() != names.keys() for weights in given):
+        raise RankDisagreement(f"the weights of some ranks lack one of the terms {sorted(names)}")
+    return {name: math.fsum(weights[name] for weights in given) for name in names}
+
+
+def _ended(
+    parameters: list[nn.Parameter], ranks: Alone, share: Share
+) -> tuple[list[bool], tuple[Share, ...]]:
+    """Say that this rank is done; return of which parameters any rank has a gradient, and shares.
+
+    Raises:
+        OtherQuestions: A rank asks to run all again.
+    """
+    if ranks.world > 1 and any(p.grad is not None and p.grad.is_sparse for p in parameters):
+        raise BadInput("sparse gradients are not added over ranks", hint="Embedding(sparse=False)")
+    own = sum(1 << i for i, p in enumerate(parameters) if p.grad is not None)
+    heard = ranks.exchange({"grads": f"{own:x}", "share": share})
+    if any(AGAIN in said for said in heard):
+        raise OtherQuestions(is_first=False)
+    found = functools.reduce(int.__or__, (int(said["grads"], 16) for said in heard))
+    used = [bool(found >> i & 1) for i in range(len(parameters))]
+    return used, tuple(Share(*said["share"]) for said in heard)
 
 
 def _refuse_coupled(model: nn.Module, num_micros: int) -> None:

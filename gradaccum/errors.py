@@ -5,6 +5,8 @@
     |   `-- CountMismatch the loss and the weight name different terms
     |-- DoesNotFit        not even one example fits into memory
     |-- NotDecomposable   no sum over micro-batches gives the gradient of the full batch
+    |-- RankDisagreement  ranks have different models, losses or settings; every rank raises it
+    |-- PeerFailed        another rank failed or is gone; every rank that is left raises it
     `-- MissingExtra      an optional dependency is not installed
 
 Every message is one sentence with both sides of the comparison; the hint names the next step.
@@ -40,6 +42,14 @@ LESS_MEMORY = (
 
 class NotDecomposable(GradaccumError):
     """Refuse a model or a loss whose full-batch gradient is no sum over micro-batches."""
+
+
+class RankDisagreement(GradaccumError):
+    """Report ranks that would train different things; raised on every rank."""
+
+
+class PeerFailed(GradaccumError):
+    """Report another rank that failed or is gone; raised on every rank that is left."""
 
 
 class MissingExtra(GradaccumError, ImportError):

@@ -4,23 +4,32 @@
 measured again where counters that agreed so far would now give different weights.
 """
 
+import base64
 import contextlib
 import copy
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+import pickle
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gradaccum.batch import HostBatch
+from gradaccum.batch import HostBatch, Listed
 from gradaccum.contract import OWN, Contract, Probe
 from gradaccum.counters import CLAMPED, counts, describe
 from gradaccum.device import is_out_of_memory
-from gradaccum.errors import LESS_MEMORY, BadInput, DoesNotFit, NotDecomposable
+from gradaccum.errors import (
+    LESS_MEMORY,
+    BadInput,
+    DoesNotFit,
+    NotDecomposable,
+    RankDisagreement,
+)
 from gradaccum.objective import (
     Number,
     Objective,
@@ -37,6 +46,8 @@ from gradaccum.trees import count_rows, to_device
 from gradaccum.types import Micro
 
 Loss = Callable[[nn.Module, Any], Tensor]
+Exchange = Callable[[dict[str, Any]], list[dict[str, Any]]]
+EXAMPLES = "examples"  # of the effective batch, beside what a contract counts
 TRIED = 32  # rows among which to look for some that tell counters apart
 # Shares that differ by less are the same: sums of soft labels are 1 but for rounding.
 SAME = {"float64": 1e-9, "float32": 5e-7, "low": 5e-7}
@@ -87,7 +98,12 @@ class Measured:
         self._num_batches = 0
 
     def resolve(
-        self, model: nn.Module, host: HostBatch, micros: list[Micro], inputs: tuple[Any, ...]
+        self,
+        model: nn.Module,
+        host: HostBatch,
+        micros: list[Micro],
+        inputs: tuple[Any, ...],
+        exchange: Exchange,
     ) -> Resolved:
         """Return loss and weight of each micro-batch; see `Objective.resolve`.
 
@@ -95,50 +111,96 @@ class Measured:
             NotDecomposable: No weights give the gradient of the whole batch; it says why.
             BadInput: The loss is not finite on the rows measured.
         """
+        before = self.contract
         if _is_due(self._num_batches):
             self.look_again(model, host)
         self._num_batches += 1
-        try:
-            contract = self._known(model, host, micros, inputs)
-        except NotDecomposable:
-            if len(micros) == 1:
+        found: Contract | None = self.contract
+        refusal: NotDecomposable | None = None
+        is_joined = False
+        for _ in range(5):
+            if found is None and refusal is None:
+                found, refusal = self._tried(model, host, len(micros))
+            own = {
+                "contract": None if found is None else dataclasses.asdict(found),
+                "is_new": found is not None and found is not before,
+                "refusal": "" if refusal is None else refusal.message,
+                "counts": self._summed(found, micros, inputs),
+            }
+            heard = exchange(own)
+            refused = [said["refusal"] for said in heard if said["refusal"]]
+            num_micros = sum(said["share"][0] for said in heard)
+            if refused and num_micros > 1:
+                raise refusal or NotDecomposable(f"{refused[0]} (on another rank)")
+            agreed = _agreed(heard)
+            if refused or (agreed is None and num_micros == 1 and len(host) == 1):
                 return self._whole(micros, inputs)
-            raise
-        if contract is None:
-            return _resolved(
-                [self._times(1.0)] * len(micros), [0.0] * len(micros), "trained tokens"
-            )
-        self.contract = contract
-        return self._resolved(contract, model, micros, inputs)
+            if agreed is None and any(said["share"][1] == 1 for said in heard) and not is_joined:
+                host, is_joined = self._rows_of_all(host, exchange), True
+                continue
+            if agreed is None:
+                nothing = [self._times(1.0)] * len(micros), [0.0] * len(micros)
+                return _resolved(*nothing, {"loss": 0.0}, "trained tokens")
+            before = found = agreed
+            told = [said["contract"] for said in heard]
+            if any(contract is None or restored(contract) != agreed for contract in told):
+                continue  # there are ranks that have measured other rows, or none
+            totals = _totals(heard)
+            odd = self._odd(agreed, totals, model, micros, inputs)
+            if len(agreed.counters) == 1 or not any(x["odd"] for x in exchange({"odd": bool(odd)})):
+                self.contract = agreed
+                return self._resolved(agreed, totals, model, micros, inputs, exchange)
+            if odd:
+                try:
+                    found = self._told_apart(agreed, model, host, odd)
+                except NotDecomposable as error:
+                    found, refusal = None, error
+        assert found is not None, "else it was refused"
+        plain = [name for name in found.counters if not name.endswith(CLAMPED)]
+        listed = ", or over ".join(map(describe, plain[:3]))
+        raise NotDecomposable(
+            f"this batch does not tell what {self.name} is a mean over: {listed}",
+            hint="shuffle the data, so that its rows differ",
+        )
 
-    def _known(
-        self, model: nn.Module, host: HostBatch, micros: list[Micro], inputs: tuple[Any, ...]
-    ) -> Contract | None:
-        """Return the contract, measured if need be; None if nothing is trained here."""
-        contract = self.contract
-        if contract is None:
-            if len(host) == 1:
-                raise NotDecomposable("one example does not tell how a loss is reduced")
-            if len(micros) == 1 and (_observed(model) or batch_norms(model)):
+    def _tried(
+        self, model: nn.Module, host: HostBatch, num_micros: int
+    ) -> tuple[Contract | None, NotDecomposable | None]:
+        """Measure the contract; return it, None if these examples do not tell, or a refusal."""
+        if len(host) < 2:
+            return None, None
+        try:
+            if num_micros == 1 and (_observed(model) or batch_norms(model)):
                 raise NotDecomposable("forwards of a few rows would change the model")
-            contract = self._measure(model, host)
-        for _ in range(3):
-            if contract is None or not (odd := self._odd(contract, model, micros, inputs)):
-                return contract
-            before, names = contract, contract.counters
-            contract = self._measure(model, host, tried=TRIED, prefer=odd, apart=names)
-            if contract is not None and dataclasses.replace(contract, counters=names) == before:
-                # What did not fit the rows measured before does not fit now.
-                kept = tuple(name for name in contract.counters if name in names)
-                contract = dataclasses.replace(contract, counters=kept or contract.counters)
-        if contract is not None and self._odd(contract, model, micros, inputs):
-            plain = [name for name in contract.counters if not name.endswith(CLAMPED)]
-            listed = ", or over ".join(map(describe, plain[:3]))
-            raise NotDecomposable(
-                f"this batch does not tell what {self.name} is a mean over: {listed}",
-                hint="shuffle the data, so that its rows differ",
-            )
-        return contract
+            return self._measure(model, host), None
+        except NotDecomposable as error:
+            return None, error
+
+    def _told_apart(
+        self, contract: Contract, model: nn.Module, host: HostBatch, odd: tuple[int, ...]
+    ) -> Contract | None:
+        """Measure again, on examples that tell the counters apart."""
+        names = contract.counters
+        found = self._measure(model, host, tried=TRIED, prefer=odd, apart=names)
+        if found is None or replace(found, counters=names) != contract:
+            return found
+        # What did not fit the rows measured before does not fit now.
+        kept = tuple(name for name in found.counters if name in names)
+        return replace(found, counters=kept or found.counters)
+
+    def _rows_of_all(self, host: HostBatch, exchange: Exchange) -> HostBatch:
+        """Return the examples of all ranks, where none can tell how they are reduced.
+
+        Raises:
+            NotDecomposable: They are not listed, or too few all the same.
+        """
+        own = list(host) if isinstance(host, Listed) else []
+        heard = exchange({"rows": base64.b64encode(pickle.dumps(own)).decode()})
+        rows = [row for said in heard for row in pickle.loads(base64.b64decode(said["rows"]))]
+        if len(rows) < 2:
+            raise NotDecomposable(f"one example does not tell how {self.name} is reduced")
+        assert isinstance(host, Listed), "its rows are among them"
+        return Listed(rows, host.collate)
 
     def objective(self, *, size: Callable[[Any], int] = length, trim: bool = False) -> Objective:
         """Return the objective whose losses and weights are found out from each batch."""
@@ -222,10 +284,15 @@ class Measured:
         return "low" if is_low else "float32" if torch.float32 in dtypes else "float64"
 
     def _whole(self, micros: list[Micro], inputs: tuple[Any, ...]) -> Resolved:
-        """Return the loss of one micro-batch that holds the whole effective batch, as it is."""
+        """Return the loss of one micro-batch that holds the whole effective batch, as it is.
+
+        On another rank than its own there is none.
+        """
+        if not micros:
+            return _resolved([], [], {"loss": 1.0}, "rows")
         count = None if self.own_count is None else self.own_count(inputs[0])
         num = float(len(micros[0].examples))
-        return _resolved([self._times(num, count=count)], [num], "rows")
+        return _resolved([self._times(num, count=count)], [num], {"loss": num}, "rows")
 
     def _counts(self, inputs: Any, num_rows: int, names: Collection[str]) -> dict[str, float]:
         found = counts(inputs, num_rows, names)
@@ -233,13 +300,32 @@ class Measured:
             found[OWN] = self.own_count(inputs) or 0.0
         return found
 
+    def _summed(
+        self, contract: Contract | None, micros: Sequence[Micro], inputs: tuple[Any, ...]
+    ) -> dict[str, float]:
+        """Return this rank's sums of what a contract counts."""
+        if contract is None:
+            return {}
+        names = {name.removesuffix(CLAMPED) for name in contract.counters}
+        extra = () if contract.extra is None else (contract.extra,)
+        counted = [
+            self._counts(part, len(micro.examples), names.union(extra))
+            for micro, part in zip(micros, inputs, strict=True)
+        ]
+        return {n: math.fsum(row.get(n, 0.0) for row in counted) for n in names.union(extra)}
+
     def _odd(
-        self, contract: Contract, model: nn.Module, micros: list[Micro], inputs: tuple[Any, ...]
+        self,
+        contract: Contract,
+        totals: Mapping[str, float],
+        model: nn.Module,
+        micros: list[Micro],
+        inputs: tuple[Any, ...],
     ) -> tuple[int, ...]:
         """Return some examples to which counters that agreed so far give other weights; or none."""
-        if len(contract.counters) == 1:
+        if len(contract.counters) == 1 or not micros:
             return ()
-        found = self._factors(contract, contract.counters, micros, inputs)
+        found = self._factors(contract, contract.counters, totals, micros, inputs)
         if _apart([factors for factors, _ in found])[0] <= SAME[self._precision(model)]:
             return ()
         _, most = _apart([num if contract.counted else factors for factors, num in found])
@@ -249,6 +335,7 @@ class Measured:
         self,
         contract: Contract,
         names: Sequence[str],
+        totals: Mapping[str, float],
         micros: Sequence[Micro],
         inputs: tuple[Any, ...],
     ) -> list[tuple[list[float], list[float]]]:
@@ -266,7 +353,7 @@ class Measured:
         for name in names:
             num = [row.get(plain[name], 0.0) for row in counted]
             least = 1.0 if plain[name] != name else 0.0
-            total = max(least, sum(num))
+            total = max(least, totals.get(plain[name], 0.0))
             factors = [max(least, n) / (total or 1.0) for n in num]
             if name == SUM or contract.counted:
                 factors = [1.0 if name == SUM else total] * len(num)
@@ -274,20 +361,29 @@ class Measured:
         return found
 
     def _resolved(
-        self, contract: Contract, model: nn.Module, micros: list[Micro], inputs: tuple[Any, ...]
+        self,
+        contract: Contract,
+        totals: Mapping[str, float],
+        model: nn.Module,
+        micros: list[Micro],
+        inputs: tuple[Any, ...],
+        exchange: Exchange,
     ) -> Resolved:
         name, rows = contract.counters[0], [float(len(micro.examples)) for micro in micros]
-        ((factor, num),) = self._factors(contract, (name,), micros, inputs)
+        ((factor, num),) = self._factors(contract, (name,), totals, micros, inputs)
         if contract.extra is not None or contract.routing is not None or contract.split:
-            return self._of_terms(contract, model, rows, factor, inputs)
+            return self._of_terms(contract, totals, model, rows, factor, inputs, exchange)
         count, unit = (1.0 if contract.counted else None), _unit(name)
+        all_rows = {"loss": totals[EXAMPLES]}
         if contract.is_sum or name.endswith(CLAMPED) or self._is_left(contract, model, num, inputs):
             # What has nothing to count adds to the loss all the same, and so must not weigh 0.
             share = [1 / n if n else 1.0 for n in factor] if contract.counted else factor
-            return _resolved([self._times(s * sum(rows), count=count) for s in share], rows, "rows")
+            losses = [self._times(s * totals[EXAMPLES], count=count) for s in share]
+            return _resolved(losses, rows, all_rows, "rows")
+        total = {"loss": totals[name.removesuffix(CLAMPED)]}
         if contract.counted:
-            return _resolved([self._times(1.0, count=count)] * len(num), num, unit)
-        return _resolved([self._times(weight) for weight in num], num, unit)
+            return _resolved([self._times(1.0, count=count)] * len(num), num, total, unit)
+        return _resolved([self._times(weight) for weight in num], num, total, unit)
 
     def _is_left(
         self, contract: Contract, model: nn.Module, num: list[float], inputs: tuple[Any, ...]
@@ -313,10 +409,12 @@ class Measured:
     def _of_terms(
         self,
         contract: Contract,
+        totals: Mapping[str, float],
         model: nn.Module,
         rows: list[float],
         factor: list[float],
         inputs: tuple[Any, ...],
+        exchange: Exchange,
     ) -> Resolved:
         """Return losses that are each micro-batch's share of the whole loss, times all rows.
 
@@ -324,24 +422,26 @@ class Measured:
         what one micro-batch adds to S / W + the mean of E.
         """
         count: list[float | None] = [None] * len(rows)
-        if contract.counted:
+        if contract.counted and rows:
             total, factor = factor[0] or 1.0, [1.0] * len(rows)
             if contract.extra is not None:
                 found = [
                     self._counts(part, round(n), (contract.extra,))[contract.extra]
                     for part, n in zip(inputs, rows, strict=True)
                 ]
-                factor = [weight / sum(found) for weight in found]
+                factor = [weight / totals[contract.extra] for weight in found]
             count = [total * share for share in factor]
         terms = self.terms(model, inputs, count, contract.routing, split=contract.split)
+        if contract.routing is not None or contract.split:
+            terms = terms.added(exchange({"terms": terms.told()}))
 
         def loss(model: nn.Module, x: Any, i: int) -> Tensor:
             run = functools.partial(self.loss, model, x, count[i])
             rest, share = terms.parts(model, run, attention_mask(x))
-            return (rest * factor[i] + share) * sum(rows)
+            return (rest * factor[i] + share) * totals[EXAMPLES]
 
         losses = [lambda model, x, i=i: loss(model, x, i) for i in range(len(rows))]
-        return _resolved(losses, rows, "rows")
+        return _resolved(losses, rows, {"loss": totals[EXAMPLES]}, "rows")
 
     def terms(
         self,
@@ -435,8 +535,56 @@ def _own_loss(model: nn.Module, micro: Any) -> Any:
     return loss
 
 
-def _resolved(losses: Sequence[Loss], weights: Sequence[float], unit: str) -> Resolved:
-    return Resolved(tuple(losses), tuple({"loss": weight} for weight in weights), unit)
+def _resolved(
+    losses: Sequence[Loss], weights: Sequence[float], totals: dict[str, float], unit: str
+) -> Resolved:
+    return Resolved(tuple(losses), tuple({"loss": weight} for weight in weights), totals, unit)
+
+
+def _agreed(heard: Sequence[Mapping[str, Any]]) -> Contract | None:
+    """Return the contract of all ranks, of those measured last; None if no rank has one.
+
+    Raises:
+        RankDisagreement: They contradict each other.
+    """
+    given = [said for said in heard if said["contract"] is not None]
+    newest = [said for said in given if said["is_new"]] or given
+    contracts = [restored(said["contract"]) for said in newest]
+    if not contracts:
+        return None
+    first, *others = contracts
+    for other in others:
+        kept = tuple(name for name in first.counters if name in other.counters)
+        # Lines that take several means are learnt on the way, not contradicted.
+        if not kept or replace(other, counters=kept, repeated=()) != replace(
+            first, counters=kept, repeated=()
+        ):
+            raise RankDisagreement(
+                f"ranks measured the loss as {first}, and as {other}",
+                hint="from_mean(loss, weight=...) states what it is a mean over",
+            )
+        first = replace(first, counters=kept)
+    return first
+
+
+def restored(kept: Mapping[str, Any]) -> Contract:
+    """Return a contract from what JSON has made of `dataclasses.asdict`."""
+    routing = kept["routing"]
+    return Contract(
+        **{
+            **kept,
+            "counters": tuple(kept["counters"]),
+            "repeated": tuple(map(tuple, kept.get("repeated", ()))),
+            "routing": Routing(**routing) if routing else None,
+        }
+    )
+
+
+def _totals(heard: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Return the counts of all ranks in sum, and the number of examples."""
+    names = {name for said in heard for name in said["counts"]}
+    sums = {n: math.fsum(said["counts"].get(n, 0.0) for said in heard) for n in names}
+    return sums | {EXAMPLES: float(sum(said["share"][1] for said in heard))}
 
 
 def _apart(columns: list[list[float]]) -> tuple[float, int]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from gradaccum.errors import BadInput, CountMismatch
-from gradaccum.types import IGNORE_INDEX, Micro
+from gradaccum.types import IGNORE_INDEX
 
 Number = float | Tensor
 Weight = Number | Mapping[str, Number]
@@ -44,8 +44,8 @@ class Objective:
         unit: What the weight counts, for messages.
         trim: The loss is the same without padding, so that it may be cut from collated batches.
         resolve: Finds losses and weights out from the batch itself, in place of the two above; see
-            `contract.measured`. Called with the model, the batch, and the micro-batches with their
-            collated inputs.
+            `Measured.resolve`. Called with the model, the batch, the micro-batches, their collated
+            inputs, and what exchanges a message with all ranks.
         chunk: Positions that the loss takes at a time, if not all at once.
         leaner: The same loss in less memory and more time, if there is one.
 
@@ -62,7 +62,7 @@ class Objective:
     size: Callable[[Any], int] = lambda example: length(example)
     unit: str = "items"
     trim: bool = False
-    resolve: Callable[[nn.Module, Any, list[Micro], tuple[Any, ...]], "Resolved"] | None = None
+    resolve: Callable[..., "Resolved"] | None = None
     chunk: int | None = None
     leaner: "Objective | None" = None
 
@@ -80,11 +80,13 @@ class Resolved(NamedTuple):
     Args:
         losses: A loss for each micro-batch, as in `Objective`.
         weights: Their weights by term.
+        totals: The weights of the whole effective batch, on all ranks, by term.
         unit: What the weights count.
     """
 
     losses: tuple[Callable[[nn.Module, Any], Any], ...]
     weights: tuple[dict[str, float], ...]
+    totals: dict[str, float]
     unit: str
 
 

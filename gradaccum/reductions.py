@@ -10,9 +10,9 @@ import inspect
 import math
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -302,6 +302,34 @@ class Terms:
             torch.stack([assigned_E for assigned_E, _, _ in sums]).sum(0) if sums else None,
             torch.stack([tokens for _, _, tokens in sums]).sum() if sums else None,
         )
+
+    def told(self) -> dict[str, Any]:
+        """Return what was counted, for the other ranks."""
+        named = self.denominators or {}
+        values = torch.stack(list(named.values())).tolist() if named else []
+        return {
+            "denominators": list(zip(named, values, strict=True)),
+            "assigned": [] if self.assigned_E is None else self.assigned_E.tolist(),
+            "tokens": 0.0 if self.tokens is None else self.tokens.item(),
+        }
+
+    def added(self, heard: Sequence[Mapping[str, Any]]) -> "Terms":
+        """Return what was counted on all ranks; on one it is this."""
+        if len(heard) == 1 or (self.denominators is None and self.assigned_E is None):
+            return self  # nothing runs here that would be divided
+        given = [said["terms"] for said in heard]
+        denominators = self.denominators
+        if denominators is not None:
+            sums: Counter[tuple[str, int]] = Counter()
+            for terms in given:
+                sums.update({(call, i): value for (call, i), value in terms["denominators"]})
+            denominators = {key: torch.full_like(x, sums[key]) for key, x in denominators.items()}
+        assigned_E, tokens = self.assigned_E, self.tokens
+        if assigned_E is not None and tokens is not None:
+            rows = [terms["assigned"] for terms in given if terms["assigned"]]
+            assigned_E = assigned_E.new_tensor(rows).sum(0)
+            tokens = torch.full_like(tokens, math.fsum(terms["tokens"] for terms in given))
+        return replace(self, denominators=denominators, assigned_E=assigned_E, tokens=tokens)
 
     def parts(
         self, model: nn.Module, loss: Callable[[], Tensor], mask: Tensor | None

@@ -91,6 +91,22 @@ class Micro(NamedTuple):
     useful: int
 
 
+class Share(NamedTuple):
+    """Count what one rank has of an effective batch.
+
+    Args:
+        num_micros: Micro-batches.
+        num_examples: Examples.
+        padded: Size of all micro-batches with padding.
+        useful: Size of all examples without padding.
+    """
+
+    num_micros: int
+    num_examples: int
+    padded: int
+    useful: int
+
+
 @dataclass(frozen=True, slots=True)
 class Recovery:
     """Tell how a step went on after it ran out of memory: from its beginning, in smaller parts.
@@ -121,7 +137,11 @@ class Step:
     known on the host. Print it for a line that says it all.
 
     Args:
-        micros: How the effective batch was cut, in the order in which it ran.
+        micros: How the effective batch was cut, or this rank's share of it, in the order in which
+            it ran.
+        shares: What each rank had of it, this process being rank `rank`; one without ranks.
+        rank: Of this process.
+        sync: How the ranks added their gradients; empty without ranks.
         weights: Weight of the whole effective batch, by term; None where the loss reports it.
         unit: What the weight counts.
         peak_bytes: Peak memory of the process on the model's device so far.
@@ -132,6 +152,9 @@ class Step:
     """
 
     micros: tuple[Micro, ...]
+    shares: tuple[Share, ...]
+    rank: int
+    sync: str
     weights: dict[str, float] | None
     unit: str
     peak_bytes: int
@@ -139,8 +162,10 @@ class Step:
     names: tuple[str, ...]
     loss_tensor: Any = field(repr=False)
     recoveries: tuple[Recovery, ...]
-    # Shape (micro-batches run, terms) on the host; complete once `_wait` has returned.
+    # On the host, complete once `_wait` has returned: this rank's shares of the loss, shape
+    # (micro-batches run, terms), and the sums over all ranks, shape (terms,).
     _losses: Any = field(repr=False)
+    _sums: Any = field(repr=False)
     _ran: tuple[int, ...] = field(repr=False)
     _late_weight: Any = field(repr=False)
     _wait: Callable[[], float] = field(repr=False)
@@ -149,6 +174,8 @@ class Step:
     def terms(self) -> dict[str, float]:
         """Return the loss of the effective batch, term by term."""
         self._wait()
+        if len(self.shares) > 1:
+            return dict(zip(self.names, self._sums.tolist(), strict=True))
         columns = zip(*self._losses.tolist(), strict=True) if len(self._ran) else ()
         return dict.fromkeys(self.names, 0.0) | {
             name: math.fsum(c) if all(map(math.isfinite, c)) else sum(c)
@@ -170,7 +197,7 @@ class Step:
 
     @property
     def nonfinite(self) -> list[Micro]:
-        """Return the micro-batches whose loss was infinite or not a number."""
+        """Return this rank's micro-batches whose loss was infinite or not a number."""
         self._wait()
         rows = self._losses.isfinite().all(dim=-1).tolist() if len(self._ran) else []
         return [self.micros[i] for i, ok in zip(self._ran, rows, strict=True) if not ok]
@@ -182,28 +209,30 @@ class Step:
 
     @property
     def num_micros(self) -> int:
-        """Return the number of micro-batches."""
-        return len(self.micros)
+        """Return the number of micro-batches, on all ranks."""
+        return sum(share.num_micros for share in self.shares)
 
     @property
     def num_examples(self) -> int:
         """Return the number of examples in the effective batch."""
-        return sum(len(micro.examples) for micro in self.micros)
+        return sum(share.num_examples for share in self.shares)
 
     @property
     def padded(self) -> int:
         """Return the size of all micro-batches with padding."""
-        return sum(micro.size for micro in self.micros)
+        return sum(share.padded for share in self.shares)
 
     @property
     def useful(self) -> int:
         """Return the size of all examples without padding."""
-        return sum(micro.useful for micro in self.micros)
+        return sum(share.useful for share in self.shares)
 
     def __str__(self) -> str:
         weight = self.weight
         total = sum(weight.values()) if isinstance(weight, dict) else weight
         micros = counted(self.num_micros, "micro-batch")
+        if len(self.shares) > 1:
+            micros += f" on {len(self.shares)} ranks"
         parts = [f"loss {self.loss:.4f}", f"{total:,.0f} {self.unit} in {micros}"]
         if not total:
             parts.append(f"no {self.unit}: the gradients are zero")

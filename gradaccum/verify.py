@@ -143,7 +143,7 @@ def _subject(
 def _widened(host: HostBatch) -> HostBatch:
     """Return the batch as a model in float64 takes it."""
     if isinstance(host, Listed):
-        return Listed(list(host), lambda examples: widened(host._collate(examples)))
+        return Listed(list(host), lambda examples: widened(host.collate(examples)))
     return Collated(widened(host.take(range(len(host)))), trim=False)
 
 

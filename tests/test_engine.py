@@ -559,14 +559,6 @@ def test_pairs_that_are_nested():
     assert oracle.error(found, expected) <= 1e-12
 
 
-def test_several_processes_are_refused(monkeypatch):
-    net, batch = model(), examples([3, 5])
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    with pytest.raises(BadInput, match="one process so far, and this is one of 2"):
-        accumulated(net, batch, Budget(examples=1))
-
-
 def test_ragged_batches_leave_the_attention_aside_that_compiles_for_each_shape(monkeypatch):
     cuda, seen = torch.backends.cuda, []
     on_cuda = functools.partial(device_memory.attending_any_shape, torch.device("cuda"))

@@ -13,15 +13,13 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import has_length
 
 from gradaccum.batch import Collate, Listed
-from gradaccum.contract import Contract
 from gradaccum.device import is_out_of_memory
 from gradaccum.engine import Accumulator, Window
 from gradaccum.errors import BadInput, DoesNotFit
-from gradaccum.measured import Measured
+from gradaccum.measured import Measured, restored
 from gradaccum.memory.auto import Found
 from gradaccum.objective import causal_lm, length
 from gradaccum.optimizers import materialize
-from gradaccum.reductions import Routing
 from gradaccum.split import split
 from gradaccum.types import Budget, Step
 
@@ -74,8 +72,8 @@ class Cut:
         CPU it is at most 512 tokens.
         """
         budget = self.budget
-        if budget is not None:
-            return budget
+        if budget is not None or not examples:
+            return budget or Budget(examples=self.rows)
         tokens = self.rows * max(map(length, examples))
         is_text = all(map(_is_text, examples))
         return Budget(
@@ -97,7 +95,12 @@ def _is_flat(value: Any) -> bool:
 
 
 def lengths_of(data: Any) -> list[int]:
-    """Return the tokens of every row of a tokenized data set, as its column tells; else nothing."""
+    """Return the tokens of every row of a list or tokenized data set, as its column tells.
+
+    Nothing of other data sets, whose rows it would take to read.
+    """
+    if isinstance(data, list):
+        return list(map(length, data))
     if not isinstance(data, Dataset) or "input_ids" not in data.column_names:
         return []
     column: Any = data.with_format("arrow")[:]["input_ids"]
@@ -235,10 +238,7 @@ class SameBatch(TrainerCallback, ExportableState):
         """Give the contract back, if it is of the same loss."""
         if self.contract is not None and self.contract["name"] == measured.name:
             kept = {key: value for key, value in self.contract.items() if key != "name"}
-            kept["counters"] = tuple(kept["counters"])
-            kept["repeated"] = tuple(map(tuple, kept.get("repeated", ())))
-            kept["routing"] = Routing(**kept["routing"]) if kept["routing"] else None
-            measured.contract = Contract(**kept)
+            measured.contract = restored(kept)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any

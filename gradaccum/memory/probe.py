@@ -26,7 +26,8 @@ from gradaccum.engine import Accumulator, Window
 from gradaccum.memory.tracker import BUFFERS, PARAMETERS, Tracker
 from gradaccum.objective import unweighted
 from gradaccum.state import Random
-from gradaccum.types import Micro
+from gradaccum.sync.alone import Alone, Hearing
+from gradaccum.types import Micro, Share
 
 # Tokens of the probe of several rows: enough to see what a token costs, few enough to be short.
 TOKENS = {"cpu": 512}
@@ -159,6 +160,7 @@ def _repeated(engine: Accumulator, inputs: Any, shape: Shape, num: int) -> Windo
     """Return a window of the same micro-batch so many times; the second finds gradients."""
     rows, length = shape
     micro = Micro(tuple(range(rows)), rows * length, rows * length)
+    share = Share(num, num * rows, num * micro.size, num * micro.useful)
     return Window(
         (micro,) * num,
         (inputs,) * num,
@@ -168,6 +170,8 @@ def _repeated(engine: Accumulator, inputs: Any, shape: Shape, num: int) -> Windo
         "",
         Listed([inputs], lambda _: inputs),
         (Random(), Random()),
+        Hearing(Alone()),
+        [{"share": share, "num_runs": num}],
     )
 
 

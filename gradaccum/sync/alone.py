@@ -1,0 +1,133 @@
+"""One process: nobody to tell, nothing to add. The interface of all others."""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+from torch import Tensor, nn
+
+Message = dict[str, Any]
+
+
+class Alone:
+    """Answer what the engine asks of the ranks of a job.
+
+    A step has two collective moments. At its beginning ranks say what they have to add, at its end
+    how it went; a rank that fails says so at either, and every rank raises. Only then gradients are
+    added. In between there is no collective but those of the model's own sharding.
+
+    Attributes:
+        rank: Of this process.
+        world: The number of ranks.
+        policy: How gradients are added, in words.
+        restarts_alone: Whether a rank that ran out of memory runs its share again by itself, while
+            the others wait; else all do.
+    """
+
+    rank = 0
+    world = 1
+    policy = ""
+    restarts_alone = True
+
+    def exchange(self, message: Message) -> list[Message]:
+        """Say a message and return those of all ranks, in order.
+
+        Args:
+            message: What JSON can hold.
+
+        Raises:
+            PeerFailed: A rank said that it failed, or is gone.
+        """
+        return [message]
+
+    def fail(self, error: BaseException) -> None:
+        """Say, in place of the next message, that this rank goes no further."""
+
+    def require_same(self, model: nn.Module) -> None:
+        """Raise RankDisagreement if the ranks begin with different parameters."""
+
+    def begin(self, parameters: Sequence[nn.Parameter], num_micros: Sequence[int]) -> int:
+        """Begin a window; return how many micro-batches of no weight this rank has to run as well.
+
+        Everything that `reduce` needs is allocated here, so that nothing can fail there.
+
+        Args:
+            parameters: To be trained.
+            num_micros: That each rank will run.
+        """
+        return 0
+
+    def borrow(self, inputs: Any) -> Any:
+        """Return collated inputs that some rank has, for ranks without any; those given are kept.
+
+        Collective, where `begin` returned more than 0 on some rank.
+        """
+        return inputs
+
+    def micro(self) -> AbstractContextManager[None]:
+        """Return what the forward and backward of one micro-batch run in."""
+        return nullcontext()
+
+    def abandon(self) -> None:
+        """Leave nothing of a window that failed here: gradients, and peers that wait."""
+
+    def reduce(
+        self, parameters: Sequence[nn.Parameter], used: Sequence[bool], extra: Tensor
+    ) -> Tensor:
+        """Add the gradients over all ranks, in place, and return the sum of `extra`.
+
+        Args:
+            parameters: With gradients; those of `used` that have none here count as zero.
+            used: Whether any rank has a gradient of it.
+            extra: Numbers of this rank, shape (n,), float64 where the device has it.
+        """
+        return extra
+
+
+class Hearing:
+    """Hold what was heard at the beginning of a step, to be heard again if it runs again alone.
+
+    Args:
+        ranks: With whom messages are exchanged.
+    """
+
+    def __init__(self, ranks: Alone) -> None:
+        self.ranks = ranks
+        self._heard: list[list[Message]] = []
+        self._next = 0
+        self._is_over = False
+
+    def exchange(self, message: Message) -> list[Message]:
+        """Exchange a message; or return what was heard when it was exchanged before.
+
+        Raises:
+            OtherQuestions: The step runs again, and asks more than it did at first.
+        """
+        if self._next == len(self._heard):
+            if self._is_over:
+                raise OtherQuestions(is_first=True)
+            self._heard.append(self.ranks.exchange(message))
+        self._next += 1
+        self.last[self.ranks.rank] = message
+        return self.last
+
+    @property
+    def last(self) -> list[Message]:
+        """Return the messages heard last."""
+        return self._heard[self._next - 1]
+
+    def again(self) -> None:
+        """Hear the same from the beginning, and nothing new."""
+        self._next, self._is_over = 0, True
+
+
+class OtherQuestions(Exception):
+    """Ask that all ranks begin the step anew.
+
+    Args:
+        is_first: Whether it is this rank that asks, and not another.
+    """
+
+    def __init__(self, *, is_first: bool) -> None:
+        super().__init__()
+        self.is_first = is_first

@@ -1,0 +1,57 @@
+"""Which ranks a model is trained by, read from the model and from torch.distributed."""
+
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from gradaccum.errors import BadInput, NotDecomposable
+from gradaccum.sync.alone import Alone
+from gradaccum.sync.replicated import Replicated
+
+
+def num_ranks() -> int:
+    """Return how many ranks there are; 1 where torch.distributed is not initialised."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def module_of(model: nn.Module) -> nn.Module:
+    """Return what a forward calls: a model without the wrapper that would reduce on its own."""
+    own = getattr(model, "_orig_mod", model)  # compiled around the wrapper
+    return own.module if isinstance(own, DistributedDataParallel) else model
+
+
+def ranks_of(model: nn.Module) -> Alone:
+    """Return who trains this model together. Collective where there are several ranks.
+
+    Raises:
+        BadInput: It is wrapped or sharded in a way that has no exact accumulation here.
+        NotDecomposable: It has collectives of its own, for which ranks would have to run alike.
+    """
+    if num_ranks() == 1:
+        return Alone()
+    inner = module_of(model)
+    for name, module in inner.named_modules():
+        kind = type(module).__name__
+        if isinstance(module, DistributedDataParallel):
+            raise BadInput(
+                f"{name} inside of the model is a DistributedDataParallel, which reduces in each "
+                "backward",
+                hint="wrap the whole model or nothing",
+            )
+        if kind == "FullyShardedDataParallel":
+            raise BadInput(
+                f"{name or 'the model'} is sharded by FSDP1, which divides and reduces on its own",
+                hint="torch.distributed.fsdp.fully_shard (FSDP2)",
+            )
+        if kind in ("DeepSpeedEngine", "PipelineEngine"):
+            raise BadInput(
+                "DeepSpeed divides by its own number of accumulation steps, reduces in backward "
+                "and cannot run a micro-batch again",
+                hint="DistributedDataParallel or fully_shard do the same with an Accumulator",
+            )
+        if isinstance(module, nn.SyncBatchNorm) and module.training:
+            raise NotDecomposable(
+                f"{name} normalises by the statistics of one micro-batch on all ranks",
+                hint="put it in eval mode, or use GroupNorm",
+            )
+    return Replicated()

@@ -1,0 +1,183 @@
+"""Ranks that hold the whole model each: messages, then one sum over preallocated buckets.
+
+No wrapper reduces: DistributedDataParallel reduces in the last backward, where a failure of one
+rank hangs or kills the others, and needs as many backwards on each (`TRAPS.md`). Here ranks run
+windows of their own, of any number of micro-batches, even none.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from gradaccum.errors import PeerFailed, RankDisagreement
+from gradaccum.sync.alone import Alone, Message
+
+# A rank may be busy for long while the others wait: it recovers, evaluates, compiles. One that is
+# killed is noticed at once, since its connections close.
+WAIT = timedelta(minutes=30)
+BUCKET_BYTES = 25 * 2**20
+SHORT = 2048  # bytes of a message that takes one collective; longer ones take another
+FAILED = "failed"
+
+
+class Replicated(Alone):
+    """Add the gradients of replicas in float32 or wider.
+
+    Messages go over a gloo group of their own: the device is not waited for, and each wait ends
+    after `WAIT`.
+    """
+
+    policy = "replicated"
+
+    def __init__(self) -> None:
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self.control = _control()
+        self._bucket: Tensor | None = None
+
+    def exchange(self, message: Message) -> list[Message]:
+        heard = self._gather(message)
+        failed = {rank: said[FAILED] for rank, said in enumerate(heard) if FAILED in said}
+        if failed:
+            rank, cause = next(iter(failed.items()))
+            more = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
+            raise PeerFailed(f"rank {rank} of {self.world}{more} failed in this step: {cause}")
+        return heard
+
+    def fail(self, error: BaseException) -> None:
+        said = (str(error) or type(error).__name__).splitlines()[0]
+        try:
+            self._gather({FAILED: f"{type(error).__name__}: {said}"})
+        except PeerFailed as gone:  # this rank has an error of its own to raise
+            error.add_note(f"and {gone.message}") if hasattr(error, "add_note") else None
+
+    def require_same(self, model: nn.Module) -> None:
+        own = fingerprints(model)
+        digest = hashlib.sha256(json.dumps(own).encode()).hexdigest()
+        if len({said["digest"] for said in self.exchange({"digest": digest})}) == 1:
+            return
+        first, *others = (said["own"] for said in self.exchange({"own": own}))
+        for rank, other in enumerate(others, start=1):
+            differ = [name for name, _ in first.items() ^ other.items()]
+            if differ:
+                raise RankDisagreement(
+                    f"{len(set(differ))} of {len(first)} parameters differ between ranks 0 and "
+                    f"{rank}, {min(differ)} among them",
+                    hint="build the model from one seed or checkpoint on every rank, or wrap it in "
+                    "DistributedDataParallel, which sends rank 0's",
+                )
+
+    def begin(self, parameters: Sequence[nn.Parameter], num_micros: Sequence[int]) -> int:
+        dtype = torch.float32
+        for p in parameters:
+            dtype = torch.promote_types(dtype, p.grad_dtype or p.dtype)
+        num = sum(p.numel() for p in parameters) + 64
+        num, device = min(num, BUCKET_BYTES // dtype.itemsize), parameters[0].device
+        bucket = self._bucket
+        if bucket is None or (bucket.dtype, bucket.device, len(bucket)) != (dtype, device, num):
+            self._bucket = torch.empty(num, dtype=dtype, device=device)
+        return 0
+
+    def reduce(
+        self, parameters: Sequence[nn.Parameter], used: Sequence[bool], extra: Tensor
+    ) -> Tensor:
+        assert self._bucket is not None, "the window has begun"
+        flats, copies = [], []
+        for p, is_used in zip(parameters, used, strict=True):
+            if not is_used:
+                continue
+            if p.grad is None:
+                p.grad = torch.zeros_like(p, dtype=p.grad_dtype)
+            flat = p.grad.detach().reshape(-1)
+            flats.append(flat)
+            if flat.data_ptr() != p.grad.data_ptr():  # channels last: reshape has copied
+                copies.append((p.grad, flat))
+        narrow = extra.to(self._bucket.dtype)
+        tail = torch.stack([narrow, (extra - narrow.to(extra)).to(narrow)])  # in two parts: exact
+        tail = torch.where(tail.isnan() & ~narrow.isnan(), 0, tail)  # inf - inf
+        self._sum([*flats, flat_tail := tail.reshape(-1)])
+        for grad, flat in copies:
+            grad.copy_(flat.view(grad.shape))
+        return flat_tail.view(2, -1).to(extra).sum(0)
+
+    def _sum(self, flats: Sequence[Tensor]) -> None:
+        """Add these over ranks, in place, as one stream that is cut into buckets."""
+        assert self._bucket is not None, "the window has begun"
+        filled, parts = 0, list[tuple[Tensor, Tensor]]()
+        for flat in flats:
+            begin = 0
+            while begin < len(flat):
+                num = min(len(flat) - begin, len(self._bucket) - filled)
+                parts.append((flat[begin : begin + num], self._bucket[filled : filled + num]))
+                begin, filled = begin + num, filled + num
+                if filled == len(self._bucket):
+                    self._flush(parts, filled)
+                    filled, parts = 0, []
+        self._flush(parts, filled)
+
+    def _flush(self, parts: list[tuple[Tensor, Tensor]], filled: int) -> None:
+        if not filled:
+            return
+        assert self._bucket is not None, "something is in it"
+        own, packed = [list(column) for column in zip(*parts, strict=True)]
+        torch._foreach_copy_(packed, own)
+        group = self.control if self._bucket.device.type == "cpu" else None
+        _collective(dist.all_reduce, self._bucket[:filled], group=group)
+        torch._foreach_copy_(own, packed)
+
+    def _gather(self, message: Message) -> list[Message]:
+        """Return the messages of all ranks."""
+        given = json.dumps(message).encode()
+        heard = self._gathered(given, SHORT)
+        longest = max(size for size, _ in heard)
+        if longest > SHORT - 8:
+            heard = self._gathered(given, longest + 8)
+        return [json.loads(text[:size]) for size, text in heard]
+
+    def _gathered(self, given: bytes, room: int) -> list[tuple[int, bytes]]:
+        said = len(given).to_bytes(8, "big") + given
+        own = torch.frombuffer(bytearray(said[:room].ljust(room)), dtype=torch.uint8)
+        heard = torch.empty(self.world, room, dtype=torch.uint8)
+        _collective(dist.all_gather, list(heard.unbind()), own, group=self.control)
+        rows = [bytes(row.tolist()) for row in heard]
+        return [(int.from_bytes(row[:8], "big"), row[8:]) for row in rows]
+
+
+def fingerprints(model: nn.Module) -> dict[str, str]:
+    """Return of each parameter what tells it from another: its shape and the sum of its bits."""
+    kinds = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    sums = {}
+    for name, p in model.named_parameters():
+        bits = p.detach().reshape(-1)
+        bits = torch.view_as_real(bits).reshape(-1) if bits.is_complex() else bits
+        sums[name] = bits.view(kinds[bits.element_size()]).sum(dtype=torch.int64)
+    values = torch.stack([s.cpu() for s in sums.values()]).tolist() if sums else []
+    named = zip(model.named_parameters(), values, strict=True)
+    return {name: f"{tuple(p.shape)} {value}" for (name, p), value in named}
+
+
+def _collective(function: Any, *args: Any, group: Any) -> None:
+    try:
+        function(*args, group=group)
+    except RuntimeError as error:
+        cause = str(error).strip().splitlines()[0]
+        raise PeerFailed(
+            f"a rank is gone, or said nothing for {WAIT}: {cause}",
+            hint="the log of the rank that stopped first has the cause; resume from the last "
+            "checkpoint, on any number of ranks",
+        ) from error
+
+
+_controls: list[Any] = []  # the group of all ranks, and the one that was made beside it
+
+
+def _control() -> Any:
+    """Return the group that messages go over; made once for the job, by all ranks together."""
+    if _controls[:1] != [dist.group.WORLD]:
+        _controls[:] = [dist.group.WORLD, dist.new_group(backend="gloo", timeout=WAIT)]
+    return _controls[1]
