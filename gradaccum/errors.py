@@ -12,6 +12,9 @@
 Every message is one sentence with both sides of the comparison; the hint names the next step.
 """
 
+import functools
+from typing import Any
+
 
 class GradaccumError(Exception):
     """Carry a message and, after a blank line, a hint that says what to do."""
@@ -20,6 +23,9 @@ class GradaccumError(Exception):
         super().__init__(f"{message}\n\nhint: {hint}" if hint else message)
         self.message = message
         self.hint = hint
+
+    def __reduce__(self) -> tuple[Any, ...]:  # the default would lose the hint
+        return functools.partial(type(self), hint=self.hint), (self.message,)
 
 
 class BadInput(GradaccumError, ValueError):

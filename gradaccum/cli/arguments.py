@@ -4,6 +4,7 @@ import difflib
 import itertools
 import json
 import math
+import os
 import re
 import sys
 from collections.abc import Iterable
@@ -120,6 +121,8 @@ def parse(words: list[str], *, others: Iterable[str] = ()) -> Arguments | None:
     if not torch.accelerator.is_available():
         # TRL's defaults are for GPUs: most CPUs are slow at bf16, and there is nothing to pin for.
         parser.set_defaults(bf16=False, dataloader_pin_memory=False)
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            parser.set_defaults(use_cpu=True)  # else each rank would train a model of its own
     try:
         script, training, model, own, unknown = parser.parse_args_and_config(
             words, return_remaining_strings=True
@@ -233,21 +236,26 @@ def _refuse_values(training: SFTConfig) -> None:
 
 def _effective_batch_size(stated: int | None, training: SFTConfig, given: frozenset[str]) -> int:
     per_device, steps = training.per_device_train_batch_size, training.gradient_accumulation_steps
+    world = training.world_size
     if per_device < 1 or steps < 1:
         raise BadInput(
             f"--per_device_train_batch_size {per_device} and --gradient_accumulation_steps {steps} "
             "have to be at least 1"
         )
+    meant = per_device * steps * world
     if stated is None:
-        return per_device * steps
+        return meant
     if stated < 1:
         raise BadInput(f"--effective_batch_size {stated} is below 1")
-    if "gradient_accumulation_steps" in given and stated != per_device * steps:
+    # A resumed run keeps the size that it began with, on any number of ranks.
+    is_resumed = "resume_from_checkpoint" in given
+    if "gradient_accumulation_steps" in given and stated != meant and not is_resumed:
         if "effective_batch_size" not in given:
-            return per_device * steps
+            return meant
+        ranks = f" x {world} ranks" if world > 1 else ""
         raise BadInput(
-            f"--effective_batch_size {stated} contradicts {per_device} rows x {steps} steps = "
-            f"{per_device * steps}",
+            f"--effective_batch_size {stated} contradicts {per_device} rows x {steps} steps"
+            f"{ranks} = {meant}",
             hint="leave out --gradient_accumulation_steps: it follows from the effective batch",
         )
     return stated

@@ -30,11 +30,12 @@ batch into micro-batches that fit, and the gradient is that of one pass over the
                   --effective_batch_size 64 --max_length 2048
   gradaccum train --config run.yaml                            the same flags from a file
   gradaccum train --resume_from_checkpoint runs/a/checkpoint-100
+  torchrun --nproc-per-node 8 -m gradaccum train ...           on several GPUs or machines
 
 how large a batch:
   --effective_batch_size N     examples in one optimizer step; any number. Default: 32 for the
                                embedded model, else per_device_train_batch_size x
-                               gradient_accumulation_steps, as everywhere
+                               gradient_accumulation_steps x ranks, as everywhere
   --budget N | "N examples"    largest micro-batch, in padded tokens or in examples. Default "auto":
                                the smallest that is as fast as any that fits, measured on three
                                short micro-batches at the first step, and remembered
@@ -52,7 +53,8 @@ what and where:
   --eval_strategy steps        evaluate too; local data are then a directory with train.jsonl and
                                test.jsonl
   --output_dir                 must be new or empty; default gradaccum-runs/DATE-TIME
-  --resume_from_checkpoint     a checkpoint directory, or "last" for the last in --output_dir
+  --resume_from_checkpoint     a checkpoint directory, "last" for the last in --output_dir, or
+                               "auto" for that if there is one; on any number of ranks
   --json                       print the summary as JSON on stdout
 
 often used, from TRL and transformers:

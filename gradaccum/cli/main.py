@@ -5,13 +5,14 @@ Exit codes: 0 done, 1 refused or failed, 2 wrong usage, 128 + signal when stoppe
 
 import importlib
 import logging
+import os
 import signal
 import sys
 from typing import Any
 
 import gradaccum
 from gradaccum.cli.help import PLAN, TRAIN, USAGE, VERIFY
-from gradaccum.errors import BadInput, GradaccumError, MissingExtra
+from gradaccum.errors import BadInput, GradaccumError, MissingExtra, PeerFailed
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -35,7 +36,10 @@ def main(argv: list[str] | None = None) -> int:
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
         return run(words[1:])
     except GradaccumError as error:
-        print(f"error: {error}", file=sys.stderr)
+        rank = os.environ.get("RANK", "0")
+        # Of several ranks the first says what all refuse, and whoever fails alone what happened.
+        if rank == "0" or not isinstance(error, (BadInput, MissingExtra, PeerFailed)):
+            print(f"error: {'' if rank == '0' else f'rank {rank}: '}{error}", file=sys.stderr)
         return 2 if isinstance(error, (BadInput, MissingExtra)) else 1
     except KeyboardInterrupt as interrupt:
         print("stopped at once: nothing more was saved", file=sys.stderr)

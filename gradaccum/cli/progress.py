@@ -14,6 +14,7 @@ from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import has_length
 
+from gradaccum.cli.ranks import IS_FIRST
 from gradaccum.integrations.accumulation import Accumulation
 from gradaccum.types import GIB, Step, counted
 
@@ -192,11 +193,16 @@ class Finished(Exception):
 class StopOnSignal(TrainerCallback):
     """Finish the step, save a checkpoint and stop at the first SIGINT or SIGTERM.
 
-    A second signal, of either kind, interrupts at once.
+    A second signal, of either kind, interrupts at once. A signal to one rank stops all of them.
+
+    Args:
+        accumulation: Of the attached trainer.
     """
 
-    def __init__(self) -> None:
-        self.received: int | None = None
+    def __init__(self, accumulation: Accumulation) -> None:
+        self._accumulation = accumulation
+        self.received: int | None = None  # by any rank, as all know at the end of a step
+        self._received: int | None = None  # by this one
         self.stopped = False  # a signal after the last step stops nothing
         self._before: dict[int, Any] = {}
 
@@ -211,6 +217,10 @@ class StopOnSignal(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
+        accumulator = self._accumulation.accumulator
+        assert accumulator is not None, "a step has just run"
+        heard = accumulator.ranks.exchange({"signal": self._received})
+        self.received = next((s["signal"] for s in heard if s["signal"] is not None), None)
         if self.received is not None and state.global_step < state.max_steps:
             self.stopped = True
             control.should_save = True
@@ -226,9 +236,11 @@ class StopOnSignal(TrainerCallback):
         self._before = {}
 
     def _receive(self, number: int, frame: Any) -> None:
-        if self.received is not None:
+        if self._received is not None:
             raise KeyboardInterrupt(number)
-        self.received = number
+        self._received = number
+        if not IS_FIRST:
+            return
         # Not print: the signal may come inside of one, and sys.stderr refuses a second.
         os.write(
             2,

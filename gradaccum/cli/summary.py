@@ -13,6 +13,7 @@ import datasets
 
 from gradaccum.cli.arguments import Arguments
 from gradaccum.cli.progress import Metrics
+from gradaccum.cli.ranks import IS_FIRST
 from gradaccum.device import suppressing_out_of_memory
 from gradaccum.objective import causal_lm, length
 from gradaccum.split import split
@@ -23,8 +24,9 @@ PROOF_TOKENS = 32_768
 
 
 def say(text: str) -> None:
-    """Print a line for a person: on stderr, since stdout is for the result."""
-    print(text, file=sys.stderr, flush=True)
+    """Print a line for a person: on stderr, since stdout is for the result; the first rank does."""
+    if IS_FIRST:
+        print(text, file=sys.stderr, flush=True)
 
 
 def describe(trainer: Any, arguments: Arguments, output: Path, resume: str | None) -> None:
@@ -63,6 +65,8 @@ def _batch_line(trainer: Any, rows: list[Any], resume: str | None) -> str:
     accumulation = trainer.accumulation
     size, budget = accumulation.effective_batch_size, accumulation.cut.budget
     text = f"effective batch {size:,}"
+    if trainer.args.world_size > 1:
+        text += f" on {trainer.args.world_size} ranks"
     if budget is None:
         known = "as in the checkpoint" if resume else "measured at the first step"
         text += f"; how large micro-batches are is {known}"
@@ -76,11 +80,12 @@ def _batch_line(trainer: Any, rows: list[Any], resume: str | None) -> str:
     return text
 
 
-def summarise(trainer: Any, arguments: Arguments, output: Path, metrics: Metrics) -> None:
+def summarise(
+    trainer: Any, arguments: Arguments, output: Path, metrics: Metrics, proof: Proof | None
+) -> None:
     """Print the result on stdout."""
     totals, losses = metrics.totals, metrics.losses
     edge = max(1, min(5, len(losses) // 2))
-    proof = _prove(trainer)
     adapter = (output / "adapter_config.json").is_file()
     loader = "AutoPeftModelForCausalLM" if adapter else "AutoModelForCausalLM"
     package = "peft" if adapter else "transformers"
@@ -121,9 +126,14 @@ def summarise(trainer: Any, arguments: Arguments, output: Path, metrics: Metrics
     print(f'          tokenizer = AutoTokenizer.from_pretrained("{output}")')
 
 
-def _prove(trainer: Any) -> Proof | None:
-    """Prove the gradient on the first batch; on its shortest examples if all is much at once."""
+def prove(trainer: Any) -> Proof | None:
+    """Prove the gradient on the first batch; on its shortest examples if all is much at once.
+
+    On several ranks all have to call it, and the first proves that of its share.
+    """
     batch = next(iter(trainer.get_train_dataloader())).examples
+    if not IS_FIRST:
+        return None
     batch = sorted(batch, key=length)
     while len(batch) > 1 and len(batch) * length(batch[-1]) > PROOF_TOKENS:
         batch.pop()

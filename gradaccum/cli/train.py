@@ -28,13 +28,17 @@ from trl import SFTTrainer, get_peft_config, get_quantization_config
 from gradaccum.cli import data, embedded
 from gradaccum.cli.arguments import Arguments, parse
 from gradaccum.cli.progress import Finished, Metrics, Progress, Samples, StopOnSignal
-from gradaccum.cli.summary import describe, say, summarise
+from gradaccum.cli.ranks import IS_FIRST, RESTARTED, decided
+from gradaccum.cli.summary import describe, prove, say, summarise
 from gradaccum.device import is_out_of_memory
 from gradaccum.errors import BadInput, DoesNotFit
 from gradaccum.integrations.hf import attach
+from gradaccum.integrations.saving import sweep
 from gradaccum.types import IGNORE_INDEX
 
 FLAGS = "flags.json"  # in the output directory: with what the run began
+AUTO = "auto"  # the last checkpoint if there is one, else from the beginning
+LAST = ("last", "true", AUTO)
 # What TRL and transformers say when something is missing, and what to do then.
 HINTS = {
     "chat_template": "--chat_template_path names a template or a model that has one",
@@ -57,8 +61,8 @@ def _run(words: list[str]) -> int:
     arguments = parse(words)
     if arguments is None:
         return 0
-    resume = _checkpoint(arguments)
-    output = _output_directory(arguments, resume)
+    resume = decided(lambda: _checkpoint(arguments))
+    output = decided(lambda: _output_directory(arguments, resume))
     arguments.training.output_dir = str(output)
     say("gradaccum train")
     if words != own:
@@ -69,13 +73,17 @@ def _run(words: list[str]) -> int:
         with contextlib.suppress(OSError):  # something is in it: leave it
             output.rmdir()
         raise
-    stop, samples = StopOnSignal(), Samples(trainer)
+    stop, samples = StopOnSignal(trainer.accumulation), Samples(trainer)
     metrics = Metrics(trainer.accumulation, samples, output / "metrics.jsonl")
-    trainer.add_callback(Progress(trainer.accumulation, samples))
-    trainer.add_callback(metrics)
     trainer.add_callback(stop)
-    describe(trainer, arguments, output, resume)
-    (output / FLAGS).write_text(json.dumps(_without(words, "--resume_from_checkpoint")))
+    if IS_FIRST:
+        trainer.add_callback(Progress(trainer.accumulation, samples))
+        trainer.add_callback(metrics)
+        describe(trainer, arguments, output, resume)
+        kept = _without(words, "--resume_from_checkpoint")
+        if "effective_batch_size" not in arguments.given:  # on other ranks it would be another
+            kept += ["--effective_batch_size", str(arguments.effective_batch_size)]
+        (output / FLAGS).write_text(json.dumps(kept))
     try:
         trainer.train(resume_from_checkpoint=resume)
     except Finished as done:
@@ -89,7 +97,9 @@ def _run(words: list[str]) -> int:
         say(f"go on with: gradaccum train {shlex.join(['--resume_from_checkpoint', saved])}")
         return 128 + stop.received
     trainer.save_model(str(output))
-    summarise(trainer, arguments, output, metrics)
+    proof = prove(trainer)
+    if IS_FIRST:
+        summarise(trainer, arguments, output, metrics, proof)
     return 0 if metrics.is_finite else 1
 
 
@@ -105,14 +115,17 @@ def _quiet() -> None:
 def _checkpoint(arguments: Arguments) -> str | None:
     """Return the checkpoint to resume from."""
     wanted = arguments.training.resume_from_checkpoint
+    if not wanted and RESTARTED and "output_dir" in arguments.given:
+        wanted = AUTO  # torchrun has started the workers anew
     if not wanted:
         return None
-    if str(wanted).lower() in ("last", "true"):
+    if str(wanted).lower() in LAST:
         if "output_dir" not in arguments.given:
-            raise BadInput("--resume_from_checkpoint last needs the --output_dir of the run")
+            raise BadInput(f"--resume_from_checkpoint {wanted} needs the --output_dir of the run")
         found = Path(str(arguments.training.output_dir))
+        sweep(found)  # of what a run that was killed was writing
         last = get_last_checkpoint(str(found)) if found.is_dir() else None
-        if last is None:
+        if last is None and wanted != AUTO:
             raise BadInput(f"there is no checkpoint in {found}")
         return last
     if not (Path(wanted) / "trainer_state.json").is_file():
@@ -132,7 +145,9 @@ def _output_directory(arguments: Arguments, resume: str | None) -> Path:
     else:
         output = Path("gradaccum-runs") / datetime.now().strftime("%Y%m%d-%H%M%S")
     try:
-        if output.is_dir() and any(output.iterdir()) and resume is None:
+        is_own = RESTARTED or arguments.training.resume_from_checkpoint == AUTO
+        is_begun = is_own and (output / FLAGS).is_file()  # and was stopped before a checkpoint
+        if output.is_dir() and any(output.iterdir()) and resume is None and not is_begun:
             last = get_last_checkpoint(str(output))
             raise BadInput(
                 f"--output_dir {output} is not empty, and nothing is overwritten",
@@ -298,7 +313,7 @@ def _with_flags_of_the_run(words: list[str]) -> list[str]:
     wanted = values.get("--resume_from_checkpoint", "")
     if not wanted or "--help-all" in words:
         return words
-    is_last = wanted.lower() in ("last", "true")
+    is_last = wanted.lower() in LAST
     folder = values.get("--output_dir") if is_last else Path(wanted).parent
     try:
         flags = json.loads((Path(folder or "") / FLAGS).read_text())

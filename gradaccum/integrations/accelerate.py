@@ -6,7 +6,11 @@ batch divides, once, so that number has to be 1. All else of the loop stays: `pr
 precision and its scaler, `clip_grad_norm_`, schedulers, checkpoints. `with accelerator.accumulate`
 goes.
 
-Not here: more than one process, DeepSpeed, FSDP and Megatron, which are refused.
+On several ranks pass the model that `accelerator.prepare` returned; its wrapper reduces nothing,
+`Accumulator.backward` does. Let the loader be your own, with `gradaccum.EffectiveBatchSampler`:
+prepared ones repeat examples where batches are uneven.
+
+Not here: DeepSpeed, FSDP and Megatron, which are refused.
 """
 
 from collections.abc import Callable
@@ -16,13 +20,22 @@ from torch import Tensor
 
 from gradaccum.errors import BadInput
 
+# Those that wrap the model in DistributedDataParallel.
+REPLICATED = (
+    DistributedType.MULTI_CPU,
+    DistributedType.MULTI_GPU,
+    DistributedType.MULTI_XPU,
+    DistributedType.MULTI_NPU,
+    DistributedType.MULTI_HPU,
+)
+
 
 def backward_of(accelerator: Accelerator) -> Callable[[Tensor], None]:
     """Return the accelerator's backward for `Accumulator(..., backward=...)`, or refuse it.
 
     Raises:
-        BadInput: The accelerator runs several processes or a sharding engine; or, here and in any
-            later call, it divides losses by a number of accumulation steps.
+        BadInput: The accelerator runs a sharding engine; or, here and in any later call, it divides
+            losses by a number of accumulation steps.
 
     Example:
         >>> import gradaccum, torch
@@ -37,11 +50,12 @@ def backward_of(accelerator: Accelerator) -> Callable[[Tensor], None]:
         3
     """
     kind = accelerator.distributed_type
-    if kind is not DistributedType.NO:
+    if kind not in (DistributedType.NO, *REPLICATED):
         raise BadInput(
-            f"an Accumulator runs on one process so far, and this accelerator runs {kind.value} "
-            f"on {accelerator.num_processes}",
-            hint="accelerate launch --num_processes 1, without DeepSpeed, FSDP or Megatron",
+            f"this accelerator runs {kind.value} on {accelerator.num_processes} processes, whose "
+            "backward reduces and divides on its own",
+            hint="accelerate launch without DeepSpeed, FSDP or Megatron; a model of fully_shard "
+            "needs no accelerator",
         )
 
     def backward(loss: Tensor) -> None:

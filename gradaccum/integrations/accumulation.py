@@ -2,6 +2,7 @@
 
 import dataclasses
 import pickle
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -16,6 +17,7 @@ from gradaccum.batch import Collate, Listed
 from gradaccum.device import is_out_of_memory
 from gradaccum.engine import Accumulator, Window
 from gradaccum.errors import BadInput, DoesNotFit
+from gradaccum.integrations.saving import changes, settings_of
 from gradaccum.measured import Measured, restored
 from gradaccum.memory.auto import Found
 from gradaccum.objective import causal_lm, length
@@ -210,14 +212,15 @@ class OptimizerStep(TrainerCallback):
         self._accumulation.is_stepping = False
 
 
-KEPT = ("effective_batch_size", "contract", "budget", "checkpointing")
+KEPT = ("effective_batch_size", "contract", "budget", "checkpointing", "settings")
 
 
 class SameBatch(TrainerCallback, ExportableState):
     """Keep effective batch size, contract and budget in checkpoints; refuse to resume another size.
 
     A resumed trainer skips as many batches as it has made steps, so batches of another size would
-    skip examples or repeat them.
+    skip examples or repeat them. Other settings that alter what a run learns are named if they
+    have changed.
     """
 
     def __init__(self) -> None:
@@ -225,6 +228,7 @@ class SameBatch(TrainerCallback, ExportableState):
         self.contract: dict[str, Any] | None = None
         self.budget: list[int | None] | None = None  # that was found: a resumed run cuts alike
         self.checkpointing: bool | None = None  # that was chosen with it
+        self.settings: dict[str, Any] = {}
 
     def state(self) -> dict[str, Any]:
         return {"args": {}, "attributes": {name: getattr(self, name) for name in KEPT}}
@@ -250,6 +254,11 @@ class SameBatch(TrainerCallback, ExportableState):
         self.contract = entry["attributes"].get("contract") if state.global_step else None
         self.budget = entry["attributes"].get("budget") if state.global_step else None
         self.checkpointing = entry["attributes"].get("checkpointing")
+        data = getattr(given.get("train_dataloader"), "dataset", None)
+        before, self.settings = entry["attributes"].get("settings"), settings_of(args, data)
+        if state.global_step and before:
+            for change in changes(before, self.settings):
+                warnings.warn(f"not as in the checkpoint: {change}", stacklevel=2)
         self.effective_batch_size = own
         kept[type(self).__name__] = self.state()
         if args.ignore_data_skip or not state.global_step:

@@ -1,22 +1,25 @@
 """An evaluation loss that does not depend on how large the batches are that evaluate.
 
 Tested with transformers 5.17 and 5.23. The trainer takes a mean of batch means, weighed by rows;
-here each batch is weighed by what its loss is a mean over.
+here each batch is weighed by what its loss is a mean over. On several ranks the trainer fills the
+last batches up with examples it has had already; here they count once.
 """
 
 import copy
 import logging
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput, has_length
 
-from gradaccum.batch import Listed
+from gradaccum.batch import Collated, Listed
 from gradaccum.errors import GradaccumError
 from gradaccum.integrations.accumulation import Accumulation
 from gradaccum.measured import Measured
@@ -31,6 +34,7 @@ class Evaluated(Trainer):
 
     accumulation: Accumulation
     _measured: Callable[[nn.Module], Measured]
+    _aside: Callable[..., AbstractContextManager[None]]
     _evaluated: list[tuple[Tensor, float | None]]  # loss and weight of each batch
 
     def evaluation_loop(
@@ -47,18 +51,20 @@ class Evaluated(Trainer):
         output = super().evaluation_loop(
             dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
         )
-        key, weights = f"{metric_key_prefix}_loss", [weight for _, weight in self._evaluated]
-        if output.metrics and key in output.metrics and weights:
-            if None in weights or not sum(filter(None, weights)):
+        key, losses = f"{metric_key_prefix}_loss", [loss for loss, _ in self._evaluated]
+        values = torch.stack(losses).double().tolist() if losses else []
+        pairs = [(x, w) for x, (_, w) in zip(values, self._evaluated, strict=True)]
+        if self.accelerator.num_processes > 1:
+            pairs = gather_object(pairs)
+        if output.metrics and key in output.metrics and pairs:
+            total = math.fsum(weight or 0.0 for _, weight in pairs)
+            if None in [weight for _, weight in pairs] or not total:
                 logger.warning(
                     f"{key} is a mean of batch means, and depends on per_device_eval_batch_size: "
                     "the loss of this model is not known to be a mean over one count"
                 )
             else:
-                losses = torch.stack([loss for loss, _ in self._evaluated]).double().tolist()
-                pairs = [(x, w) for x, w in zip(losses, weights, strict=True) if w]
-                total = math.fsum(w for _, w in pairs)
-                output.metrics[key] = sum(x * w for x, w in pairs) / total
+                output.metrics[key] = sum(x * w for x, w in pairs if w) / total
         return output
 
     def prediction_step(
@@ -69,11 +75,26 @@ class Evaluated(Trainer):
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         kept = copy.copy(inputs)  # compute_loss pops from it
-        output = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        if output[0] is not None:
-            loss = output[0].detach().mean()
-            self._evaluated.append((loss, self._eval_weight(kept)))
+        output = loss, _, _ = super().prediction_step(
+            model, inputs, prediction_loss_only, ignore_keys
+        )
+        num_rows = count_rows(kept, 1)
+        own = self._num_own(num_rows)
+        if loss is not None and 0 < own < num_rows:
+            rows = Collated(kept, trim=False).take(range(own))
+            kept = copy.copy(rows)
+            with self._aside(model, dropout=True):
+                loss, _, _ = super().prediction_step(model, rows, True, ignore_keys)
+        if loss is not None and own:
+            self._evaluated.append((loss.detach().mean(), self._eval_weight(kept)))
         return output
+
+    def _num_own(self, num_rows: int) -> int:
+        """Return how many rows of this batch no rank has had before."""
+        accelerator, state = self.accelerator, self.accelerator.gradient_state
+        if accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder < 1:
+            return num_rows
+        return min(num_rows, max(0, state.remainder - accelerator.process_index * num_rows))
 
     def _look_at(self, dataloader: DataLoader) -> None:
         """Find out what the loss is a mean over if no training has; of a stream it is not told."""

@@ -5,8 +5,13 @@ loader hands over the examples of the whole effective batch, `gradient_accumulat
 and `training_step` cuts them and runs the trainer's own `compute_loss` on each micro-batch. So the
 schedule, resume, the last partial batch and logging are right because there is nothing to repair.
 
-Not here: more than one process; losses that are no sum divided by `num_items_in_batch`. Both are
-refused. What TRL needs besides is in `trl.py`.
+On several ranks each reads its share (`shares.py`) and every gradient is the sum over all: the
+wrapper of accelerate, DistributedDataParallel, is unwrapped and reduces nothing. Inside of a window
+the trainer's own collectives (gathered metrics) are local, since ranks run different numbers of
+micro-batches.
+
+Not here: FSDP and DeepSpeed, and several devices in one process, which are refused. What TRL needs
+besides is in `trl.py`.
 """
 
 import contextlib
@@ -18,13 +23,15 @@ import itertools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
+from accelerate.utils import gather_object
 from accelerate.utils.memory import clear_device_cache
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import TrainOutput, get_last_checkpoint, has_length
 
 from gradaccum import measures
@@ -44,6 +51,9 @@ from gradaccum.integrations.accumulation import (
 )
 from gradaccum.integrations.evaluation import Evaluated
 from gradaccum.integrations.refusals import refuse
+from gradaccum.integrations.saving import Saved, sweep, wait_for_all
+from gradaccum.integrations.shares import preparing
+from gradaccum.integrations.swap import replaced
 from gradaccum.measured import Measured
 from gradaccum.memory.auto import AUTO, check, find
 from gradaccum.memory.predict import switch
@@ -55,7 +65,7 @@ T = TypeVar("T", bound=Trainer)
 COMPUTED = {"bf16": torch.bfloat16, "fp16": torch.float16}  # by the name of the mixed precision
 
 
-class Attached(Evaluated):
+class Attached(Evaluated, Saved):
     """Override the documented hooks of Trainer; mixed in before the trainer's own class."""
 
     # A loss may ask for it before the trainer has taken a step.
@@ -63,6 +73,10 @@ class Attached(Evaluated):
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         self.accumulation.begin()
+        folder = str(self.args.output_dir)
+        if self.args.should_save:
+            sweep(Path(folder))
+        wait_for_all()
         try:
             return super().train(*args, **kwargs)
         except Exception as error:
@@ -71,7 +85,6 @@ class Attached(Evaluated):
             said = str(error).splitlines()[0]
         finally:
             self.accumulation.window = None
-        folder = str(self.args.output_dir)
         last = get_last_checkpoint(folder) if os.path.isdir(folder) else None
         raise DoesNotFit(
             f"memory ran out in the optimizer's step {self.state.global_step + 1}, which is not "
@@ -89,10 +102,14 @@ class Attached(Evaluated):
             )
         config = self.accelerator.dataloader_config
         carrying = functools.partial(carry, collate=self.data_collator, cut=self.accumulation.cut)
+        accelerator, prepare = self.accelerator, self.accelerator.prepare_data_loader
+        if accelerator.num_processes > 1:
+            prepare = preparing(accelerator, lengths_of)
         # One process reads for itself; accelerate's dispatcher would try to concatenate examples.
         with (
             replaced(self, "data_collator", carrying),
             replaced(config, "dispatch_batches", False),
+            replaced(accelerator, "prepare_data_loader", prepare),
         ):
             loader = super().get_train_dataloader()
         size = getattr(loader, "total_batch_size", getattr(loader, "batch_size", None))
@@ -133,7 +150,8 @@ class Attached(Evaluated):
             switch()
         accumulation = self.accumulation
         prepare = functools.partial(self._prepare, model, inputs)
-        accumulation.last = step = self._accumulator(model).backward(prepare)
+        with self._collecting_alone():
+            accumulation.last = step = self._accumulator(model).backward(prepare)
         if step.recoveries and accumulation.cut.budget is not None:
             accumulation.cut.set(accumulation.cut.budget.within(step.recoveries[-1].limit))
         self._kept().budget = accumulation.cut.bounds
@@ -143,13 +161,32 @@ class Attached(Evaluated):
             clear_device_cache()
         return accumulation.last.loss_tensor.to(self.args.device)
 
+    def get_total_train_batch_size(self, args: TrainingArguments) -> int:
+        return self.accumulation.effective_batch_size
+
     def floating_point_ops(self, inputs: Any) -> int:
         parts = self._parts(inputs)
         return sum(super(Attached, self).floating_point_ops(part) for part in parts)
 
     def _track_num_input_tokens(self, inputs: Any) -> None:
-        for part in self._parts(inputs):
-            super()._track_num_input_tokens(part)
+        before = self.state.num_input_tokens_seen
+        with self._collecting_alone():  # ranks have different numbers of micro-batches
+            for part in self._parts(inputs):
+                super()._track_num_input_tokens(part)
+        own = self.state.num_input_tokens_seen - before
+        if self.accelerator.num_processes > 1 and self.args.include_num_input_tokens_seen != "no":
+            self.state.num_input_tokens_seen = before + sum(gather_object([own]))
+
+    @contextmanager
+    def _collecting_alone(self) -> Iterator[None]:
+        """Let what the trainer gathers inside be this rank's, as on one process."""
+        if self.accelerator.num_processes == 1:
+            yield
+            return
+        with contextlib.ExitStack() as stack:
+            for name in ("gather", "gather_for_metrics", "reduce"):
+                stack.enter_context(replaced(self.accelerator, name, _own))
+            yield
 
     def _parts(self, inputs: Any) -> tuple[Any, ...]:
         """Return what the trainer counts after a step: its micro-batches; or any other inputs."""
@@ -193,7 +230,7 @@ class Attached(Evaluated):
         """Cut and count a batch, once it is known what the loss divides by."""
         accumulation, accumulator = self.accumulation, self._accumulator(model)
         accumulation.window = None  # the last one's inputs go before these are collated
-        if accumulation.cut.budget is None and self.is_in_train:
+        if accumulation.cut.budget is None and self.is_in_train and given.examples:
             self._find(accumulator, given)
         accumulator.budget = accumulation.cut.budget_for(given.examples)
         batch = Listed(given.examples, self.data_collator, given.ready)
@@ -293,7 +330,8 @@ class Attached(Evaluated):
     def _aside(self, model: nn.Module, *, dropout: bool = False) -> Iterator[None]:
         """Run what does not belong to the training, leaving no trace; without dropout if not so."""
         modes = contextlib.nullcontext() if dropout else without_dropout(model)
-        with replaced(self, "is_in_train", False), modes, undisturbed(model):
+        alone = self._collecting_alone()
+        with replaced(self, "is_in_train", False), alone, modes, undisturbed(model):
             yield
 
 
@@ -313,7 +351,8 @@ def attach(
     Args:
         trainer: A `transformers.Trainer` or any subclass, TRL's `SFTTrainer` among them.
         effective_batch_size: Examples in one step; by default what the arguments mean,
-            `per_device_train_batch_size * gradient_accumulation_steps`. Any number of at least 1.
+            `per_device_train_batch_size * gradient_accumulation_steps` times the number of ranks.
+            Any number of at least 1.
         budget: How large a micro-batch may be. "auto": the smallest that is as fast as any that
             fits, measured by three short micro-batches at the first step and remembered on disk;
             a resumed run keeps it.
@@ -321,8 +360,8 @@ def attach(
             what is available.
 
     Raises:
-        BadInput: An argument is wrong, the trainer is attached already, or runs on several
-            processes or devices.
+        BadInput: An argument is wrong, the trainer is attached already, or runs on several devices
+            in one process or with FSDP or DeepSpeed.
         NotDecomposable: At the first step, when the loss turns out not to be a sum over its
             examples divided by `num_items_in_batch`; or at once, for what is known not to be.
 
@@ -336,7 +375,7 @@ def attach(
     args = trainer.args
     size = effective_batch_size
     if size is None:
-        size = args.train_batch_size * args.gradient_accumulation_steps
+        size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     if isinstance(size, bool) or not isinstance(size, int) or size < 1:
         raise BadInput(f"effective_batch_size={size!r} is not a whole number of at least 1")
     if budget != AUTO and not isinstance(budget, Budget):
@@ -358,6 +397,7 @@ def attach(
     trainer.args = copy.copy(args)
     trainer.args.per_device_train_batch_size = trainer._train_batch_size = size
     trainer.args.gradient_accumulation_steps = 1
+    trainer.args.average_tokens_across_devices = False  # it multiplies by the number of ranks
     trainer.args.logging_nan_inf_filter = False
     own = type(trainer)
     mixin = Attached
@@ -367,11 +407,5 @@ def attach(
     return trainer
 
 
-@contextmanager
-def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    before = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, before)
+def _own(value: Any, *args: Any, **kwargs: Any) -> Any:
+    return value

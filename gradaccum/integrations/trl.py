@@ -22,7 +22,8 @@ from trl.trainer.utils import use_adapter
 
 from gradaccum.engine import Window
 from gradaccum.integrations.accumulation import Examples
-from gradaccum.integrations.hf import Attached, replaced
+from gradaccum.integrations.hf import Attached
+from gradaccum.integrations.swap import replaced
 from gradaccum.types import Micro
 
 BOOKS = ("_metrics", "_stored_metrics")
@@ -75,20 +76,39 @@ class AttachedTRL(Attached):
         return {name: len(values) for name, values in self._books().items()}
 
     def _join_metrics(self) -> None:
-        """Replace this window's entries of each metric by one: their weighted mean, least, most."""
-        for name, values in self._books().items():
-            begin = end = self._marks[0][1].get(name, 0)
-            own: list[tuple[float, float]] = []
-            for weight, lengths in self._marks[1:]:
-                own += [(value, weight) for value in values[end : lengths.get(name, 0)] if weight]
-                end = lengths.get(name, 0)
-            if name == "num_tokens" or len(own) < 2:  # a running total, not a mean
+        """Replace this window's entries of each metric by one: their weighted mean, least, most.
+
+        Over all ranks; each has gathered its own alone.
+        """
+        books, lengths = self._books(), self._marks[0][1]
+        own = {name: self._of_window(name, values) for name, values in books.items()}
+        tokens = getattr(self, TOKENS, 0) - (self._start[1] or 0)
+        accumulator = self.accumulation.accumulator
+        assert accumulator is not None, "it has just run"
+        ranks = accumulator.ranks
+        heard = ranks.exchange({"metrics": own, "tokens": tokens})
+        for name in dict.fromkeys(name for said in heard for name in said["metrics"]):
+            pairs = [pair for said in heard for pair in said["metrics"].get(name, ())]
+            if name == "num_tokens" or not pairs or len(own.get(name, pairs)) == len(pairs) == 1:
                 continue
             if name.startswith(("min_", "max_")):
-                joined = (min if name.startswith("min_") else max)(value for value, _ in own)
+                joined = (min if name.startswith("min_") else max)(value for value, _ in pairs)
             else:
-                joined = sum(value * weight for value, weight in own) / sum(w for _, w in own)
-            values[begin:end] = [joined]
+                joined = sum(value * weight for value, weight in pairs) / sum(w for _, w in pairs)
+            books.setdefault(name, [])[lengths.get(name, 0) :] = [joined]
+        if ranks.world > 1 and hasattr(self, TOKENS):
+            total = (self._start[1] or 0) + sum(said["tokens"] for said in heard)
+            setattr(self, TOKENS, total)
+            books["num_tokens"] = [total]  # a running total, not a mean
+
+    def _of_window(self, name: str, values: list[float]) -> list[tuple[float, float]]:
+        """Return the values of a metric in this window, with their weights."""
+        end = self._marks[0][1].get(name, 0)
+        own: list[tuple[float, float]] = []
+        for weight, lengths in self._marks[1:]:
+            own += [(value, weight) for value in values[end : lengths.get(name, 0)] if weight]
+            end = lengths.get(name, 0)
+        return own
 
     @contextmanager
     def _aside(self, model: nn.Module, *, dropout: bool = False) -> Iterator[None]:
@@ -125,8 +145,18 @@ class AttachedKTO(AttachedTRL, KTOTrainer):
         if self.calculate_KL:
             self._baseline = None
             found = [self._log_ratios(model, self._prepare_inputs(x)) for x in window.inputs]
-            self._baseline = torch.cat(found).mean()
+            self._baseline = self._mean_of_all(torch.cat(found) if found else torch.zeros(0))
         return window
+
+    def _mean_of_all(self, ratios: Tensor) -> Tensor:
+        """Return the mean over the effective batch, on all ranks, of this rank's values."""
+        accumulator = self.accumulation.accumulator
+        if self.accelerator.num_processes == 1 or accumulator is None:
+            return ratios.mean()
+        told = {"sum": ratios.double().sum().item(), "num": len(ratios)}
+        heard = accumulator.exchange(told)
+        mean = sum(said["sum"] for said in heard) / sum(said["num"] for said in heard)
+        return torch.tensor(mean, dtype=torch.float32, device=self.args.device)
 
     def _log_ratios(self, model: nn.Module, batch: Any) -> Tensor:
         """Return log p / p_ref of the unrelated completions, shape (rows,)."""

@@ -1,5 +1,7 @@
 """Which ranks a model is trained by, read from the model and from torch.distributed."""
 
+import os
+
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -28,6 +30,13 @@ def ranks_of(model: nn.Module) -> Alone:
         NotDecomposable: It has collectives of its own, for which ranks would have to run alike.
     """
     if num_ranks() == 1:
+        started = int(os.environ.get("WORLD_SIZE", "1"))
+        if started > 1:
+            raise BadInput(
+                f"{started} processes were started, and torch.distributed is not initialised in "
+                "this one: each would train a model of its own",
+                hint="torch.distributed.init_process_group()",
+            )
         return Alone()
     inner = module_of(model)
     for name, module in inner.named_modules():
