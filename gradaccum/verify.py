@@ -16,6 +16,8 @@ from gradaccum.batch import Collate, Collated, HostBatch, Listed, as_batch
 from gradaccum.engine import Accumulator
 from gradaccum.errors import BadInput
 from gradaccum.objective import Objective
+from gradaccum.ranked import audit_ranks
+from gradaccum.sync.choose import num_ranks
 from gradaccum.trees import to_device, widened
 from gradaccum.types import Budget
 from gradaccum.verdict import Verdict
@@ -41,6 +43,10 @@ def verify(
 
     Rounding is measured: f again with its rows in opposite order, and what storing f in the dtype
     of the parameters costs. Where an error is larger, it is named.
+
+    On several ranks (torch.distributed is initialised) every rank calls it with its share, a list
+    of examples, and the reference is one pass over the examples of all. Besides, parameters that
+    differ between ranks, gradients that do, and examples that several ranks have are named.
 
     Everything is as before afterwards: weights, optimizers, schedulers, gradients, buffers, modes,
     random state. A correct loop costs five passes over the batch (two full ones, one for each of
@@ -93,6 +99,16 @@ def verify(
     if not isinstance(model, nn.Module) or batch is None:
         raise BadInput("verify needs a model and a batch", hint="verify(loop, model, batch)")
     trim = isinstance(loop, Accumulator) and loop.objective.trim
+    if num_ranks() > 1:
+        if objective is None and isinstance(loop, Accumulator):
+            objective = loop.objective
+        if objective is None:
+            raise BadInput(
+                "on several ranks verify needs an objective to compare with",
+                hint="objective=gradaccum.causal_lm(), or from_mean(loss)",
+            )
+        host = as_batch(batch, collate, trim=trim, may_be_empty=True)
+        return audit_ranks(loop, model, host, objective)
     return audit(_subject(loop, model, as_batch(batch, collate, trim=trim), objective), splits)
 
 

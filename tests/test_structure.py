@@ -15,9 +15,9 @@ LAYERS = {
     "objective": 3, "batch": 3, "device": 3, "counters": 3, "reductions": 3, "restore": 3,
     "sync": 2, "sampler": 2, "checkpoint": 5, "split": 4, "optimizers": 0, "state": 4, "rows": 4,
     "engine": 5, "contract": 5, "trace": 5, "measures": 5,
-    "measured": 6, "weights": 6, "memory": 7, "diagnosis": 7, "audit": 8, "verify": 9,
-    "testing": 10, "integrations": 10,
-    "cli": 11, "__main__": 12,
+    "measured": 6, "weights": 6, "memory": 7, "diagnosis": 7, "audit": 8, "ranked": 9, "verify": 10,
+    "testing": 11, "integrations": 11,
+    "cli": 12, "__main__": 13,
 }  # fmt: skip
 
 
