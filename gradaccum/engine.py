@@ -155,6 +155,7 @@ class Accumulator:
         self._after_micro = after_micro
         self._last: Step | None = None
         self._running: Micro | None = None
+        self._rate = 0.0  # useful size a second, in the last step
         self._ranks: Alone | None = None
         self._hearing: Hearing | None = None  # of the step that is being prepared
 
@@ -193,7 +194,8 @@ class Accumulator:
         share, weights, totals = window.share, None, None
 
         def exchange(message: Message, num_runs: int = len(micros)) -> list[Message]:
-            return hearing.exchange(message | {"share": share, "num_runs": num_runs})
+            own = {"share": share, "num_runs": num_runs, "rate": self._rate}
+            return hearing.exchange(message | own)
 
         if objective.resolve is not None:
             _refuse_coupled(self.model, len(micros))
@@ -378,6 +380,7 @@ class Accumulator:
             micros=window.micros,
             shares=shares,
             rank=ranks.rank,
+            rates=tuple(said.get("rate", 0.0) for said in heard),
             sync=ranks.policy,
             weights=window.totals,
             unit=window.unit,
@@ -442,6 +445,8 @@ class Accumulator:
     def _warn_of_last(self) -> None:
         """Warn if the last step's loss was not finite; by now the device has long computed it."""
         step, self._last = self._last, None
+        if step is not None:
+            self._rate = step.shares[step.rank].useful / max(step.seconds, 1e-9)
         for micro in step.nonfinite if step is not None else ():
             warnings.warn(
                 f"the loss of the last step was not finite: examples {list(micro.examples)} of "

@@ -141,6 +141,8 @@ class Step:
             it ran.
         shares: What each rank had of it, this process being rank `rank`; one without ranks.
         rank: Of this process.
+        rates: What each rank did in the step before, in useful size a second; 0 in the first. For
+            `EffectiveBatchSampler.rebalance`, where some are slower than others.
         sync: How the ranks added their gradients; empty without ranks.
         weights: Weight of the whole effective batch, by term; None where the loss reports it.
         unit: What the weight counts.
@@ -154,6 +156,7 @@ class Step:
     micros: tuple[Micro, ...]
     shares: tuple[Share, ...]
     rank: int
+    rates: tuple[float, ...]
     sync: str
     weights: dict[str, float] | None
     unit: str

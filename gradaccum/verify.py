@@ -90,6 +90,11 @@ def verify(
         trainer_subject = importlib.import_module("gradaccum.integrations.audit").trainer_subject
         if model is not None or objective is not None or collate is not None:
             raise BadInput("a Trainer brings its own model, loss and collator")
+        if num_ranks() > 1:
+            raise BadInput(
+                "a Trainer is judged on one process, and this is one of several ranks",
+                hint="python script.py in place of torchrun; what ranks add is tested with a loop",
+            )
         with trainer_subject(loop, batch) as subject:
             return audit(subject, splits)
     if isinstance(loop, Accumulator):

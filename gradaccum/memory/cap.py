@@ -1,5 +1,6 @@
 """How much memory a step may take: what the user states, less what is not the step's."""
 
+import os
 import re
 from dataclasses import dataclass
 
@@ -96,7 +97,8 @@ def _stated(memory: str | float | None, device: torch.device, held: int) -> tupl
         if not is_here:
             raise BadInput("there is no GPU here whose memory could be read", hint=HINT)
         free = available_bytes(device)
-        share = AVAILABLE if device.type == "cpu" else 1.0
+        num = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # ranks that share this memory
+        share = AVAILABLE / num if device.type == "cpu" else 1.0
         stated = held + round(free * share)
         part = f"{share:.0%} of " if share < 1 else ""
         return stated, f"{amount(stated)}: {part}what is available on this {device.type}"
