@@ -21,7 +21,8 @@ from gradaccum.measured import from_mean
 from gradaccum.memory.auto import Accumulator
 from gradaccum.memory.plan import plan
 from gradaccum.objective import Objective, causal_lm
-from gradaccum.types import Budget, Step
+from gradaccum.sampler import EffectiveBatchSampler
+from gradaccum.types import Budget
 from gradaccum.verify import verify
 
 if TYPE_CHECKING:
@@ -30,8 +31,8 @@ if TYPE_CHECKING:
 __all__ = [
     "Accumulator",
     "Budget",
+    "EffectiveBatchSampler",
     "Objective",
-    "Step",
     "attach",
     "causal_lm",
     "errors",

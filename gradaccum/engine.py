@@ -445,7 +445,7 @@ class Accumulator:
     def _warn_of_last(self) -> None:
         """Warn if the last step's loss was not finite; by now the device has long computed it."""
         step, self._last = self._last, None
-        if step is not None:
+        if step is not None and step.shares[step.rank].useful:
             self._rate = step.shares[step.rank].useful / max(step.seconds, 1e-9)
         for micro in step.nonfinite if step is not None else ():
             warnings.warn(
