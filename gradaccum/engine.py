@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -34,15 +34,14 @@ from gradaccum.errors import (
     PeerFailed,
     RankDisagreement,
 )
-from gradaccum.objective import Objective, by_term, shares, sum_and_weight
+from gradaccum.objective import Objective, by_term, shares, sum_and_weight, unweighted
 from gradaccum.split import split
 from gradaccum.state import Past, Random, accumulating, batch_norms
-from gradaccum.sync.alone import Alone, Hearing, Message, OtherQuestions
-from gradaccum.sync.choose import module_of, num_ranks, ranks_of
+from gradaccum.sync.alone import AGAIN, Alone, Hearing, Message, OtherQuestions
+from gradaccum.sync.choose import is_sharded, module_of, num_ranks, ranks_of
 from gradaccum.trees import to_device
 from gradaccum.types import Budget, Micro, Recovery, Share, Step
 
-AGAIN = "again"  # what a rank says in place of the end of its window
 KEPT = 2**20  # elements of buffers that are kept in each step, to be put back if it runs again
 logger = logging.getLogger(__name__)
 
@@ -110,6 +109,10 @@ class Accumulator:
         backward: Runs the backward pass of one scaled loss, for those who wrap it:
             `lambda loss: scaler.scale(loss).backward()`, `accelerator.backward`.
         after_micro: Is called with each `Micro` once it is queued on the device.
+        sync: How a model that `fully_shard` has sharded is accumulated: with gradients reduced in
+            "each" micro-batch (least memory), or "once" per step, or with its parameters on
+            "hold", gathered once per step (least communication; ranks restart alone). None: "hold"
+            where there is memory for it, else "each".
 
     Example:
         >>> model = nn.Linear(3, 1)
@@ -135,6 +138,7 @@ class Accumulator:
         grad_dtype: torch.dtype | None = None,
         backward: Callable[[Tensor], Any] = Tensor.backward,
         after_micro: Callable[[Micro], None] | None = None,
+        sync: Literal["each", "once", "hold"] | None = None,
     ) -> None:
         for given, kind in ((objective, Objective), (budget, Budget)):
             if not isinstance(given, kind):
@@ -153,6 +157,7 @@ class Accumulator:
         self._grad_dtype = grad_dtype
         self._backward = backward
         self._after_micro = after_micro
+        self._sync = sync
         self._last: Step | None = None
         self._running: Micro | None = None
         self._rate = 0.0  # useful size a second, in the last step
@@ -163,7 +168,7 @@ class Accumulator:
     def ranks(self) -> Alone:
         """Return who trains the model together; found at the first step, by all ranks at once."""
         if self._ranks is None or self._ranks.world != num_ranks():
-            self._ranks = ranks_of(self.model)
+            self._ranks = ranks_of(self.model, self._sync)
             self._ranks.require_same(self.model)
         return self._ranks
 
@@ -198,6 +203,12 @@ class Accumulator:
             return hearing.exchange(message | own)
 
         if objective.resolve is not None:
+            if is_sharded(self.model):
+                raise BadInput(
+                    "this loss is measured by forwards that each rank runs on its own, and the "
+                    "model is sharded by fully_shard, whose forwards take all ranks",
+                    hint='causal_lm(), or from_mean(loss, weight="tokens")',
+                )
             _refuse_coupled(self.model, len(micros))
             losses, weights, totals, unit = objective.resolve(
                 module_of(self.model), window.host, list(micros), inputs, exchange
@@ -277,20 +288,21 @@ class Accumulator:
                 is_first = asked.is_first
             except Exception as error:
                 if self._running is None or not device_memory.is_out_of_memory(error):
-                    ranks.abandon()
-                    ranks.fail(error)
+                    try:
+                        ranks.abandon()
+                    finally:
+                        ranks.fail(error)
                     raise
                 said = (str(error) or type(error).__name__).splitlines()[0]
                 device_memory.let_go(error)
             # Only out here has the traceback let go of the activations.
             try:
-                if said:
-                    ranks.abandon()
+                is_eased = ranks.abandon() if said else False
                 past.restore()
                 if isinstance(batch, Window):
                     batch = functools.partial(self._prepare_again, batch, past.random)
                 device_memory.release(next(self.model.parameters()).device)
-                if said:
+                if said and not is_eased:
                     assert self._running is not None, "memory ran out in it"
                     recoveries.append(self._shrink(self._running, said))
                     logger.warning(str(recoveries[-1]))
@@ -333,15 +345,22 @@ class Accumulator:
         Raises:
             Exception: As `backward`, without `DoesNotFit`.
         """
+        if is_sharded(self.model):
+            raise BadInput(
+                "a rank cannot run micro-batches by itself, to measure or verify, of a model that "
+                "is sharded by fully_shard",
+                hint="state a Budget(tokens=...), and verify the model before it is sharded",
+            )
         return self._attempt(batch, Hearing(Alone()))
 
     def _attempt(self, batch: Any, hearing: Hearing) -> Step:
-        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        ranks = hearing.ranks
+        parameters = ranks.parameters(self.model)
         if not parameters:
             raise BadInput("the model has no parameter that requires a gradient")
-        _require_cleared(parameters)
+        _require_cleared(parameters, ranks)
         window = self._window(batch, hearing)
-        ranks, heard = hearing.ranks, window.heard
+        heard = window.heard
         given = [Share(*said["share"]) for said in heard]
         if not any(share.num_examples for share in given):
             raise BadInput("the effective batch has no examples")
@@ -421,6 +440,7 @@ class Accumulator:
         ran: list[int] = []
         losses: list[Tensor] = []
         reported: list[Tensor] = []
+        filler = ranks.borrow(self._filler(window))
         for i, (micro, inputs) in enumerate(zip(window.micros, window.inputs, strict=True)):
             self._running = micro
             # A micro-batch without weight adds zero; running it could add 0 * inf instead.
@@ -440,7 +460,18 @@ class Accumulator:
                 ran.append(i)
             if self._after_micro is not None:
                 self._after_micro(micro)
+        for _ in range(num_fillers):
+            with ranks.micro(is_filler=True):
+                loss = unweighted(self.objective).loss(model, to_device(filler, device))
+                with torch.autocast(device.type, enabled=False):
+                    self._backward(loss)
         return tuple(ran), losses, reported
+
+    def _filler(self, window: Window) -> Any:
+        """Return the inputs of the smallest micro-batch that has a weight, None without one."""
+        weights = window.weights or [{"loss": 1.0}] * len(window.micros)
+        pairs = zip(window.inputs, weights, strict=True)
+        return next((x for x, weight in reversed(list(pairs)) if any(weight.values())), None)
 
     def _warn_of_last(self) -> None:
         """Warn if the last step's loss was not finite; by now the device has long computed it."""
@@ -455,9 +486,9 @@ class Accumulator:
             )
 
 
-def _require_cleared(parameters: list[nn.Parameter]) -> None:
+def _require_cleared(parameters: list[nn.Parameter], ranks: Alone) -> None:
     """Drop gradients that are zero; refuse others. Only looking at zeros waits for the device."""
-    found = [p.grad for p in parameters if p.grad is not None]
+    found = [ranks.local(p.grad) for p in parameters if p.grad is not None]
     left = [grad.coalesce().values() if grad.is_sparse else grad for grad in found]
     if left and torch.nn.utils.get_total_norm(left) != 0:
         raise BadInput(
@@ -493,7 +524,7 @@ def _ended(
     """
     if ranks.world > 1 and any(p.grad is not None and p.grad.is_sparse for p in parameters):
         raise BadInput("sparse gradients are not added over ranks", hint="Embedding(sparse=False)")
-    own = sum(1 << i for i, p in enumerate(parameters) if p.grad is not None)
+    own = sum(1 << i for i, is_held in enumerate(ranks.holds(parameters)) if is_held)
     heard = ranks.exchange({"grads": f"{own:x}", "share": share})
     if any(AGAIN in said for said in heard):
         raise OtherQuestions(is_first=False)

@@ -122,7 +122,7 @@ def _ran(loop: Loop | Accumulator, model: nn.Module, watch: Watch, share: Listed
 
 
 def _diverged(model: nn.Module) -> list[Diagnosis]:
-    prints = _gathered(fingerprints(model))
+    prints = _gathered(fingerprints(model.named_parameters()))
     differ = sorted({name for other in prints[1:] for name, _ in prints[0].items() ^ other.items()})
     if not differ:
         return []

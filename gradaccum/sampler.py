@@ -473,8 +473,8 @@ class EffectiveBatchStream(IterableDataset[list[Any]]):
     batch: workers save what is done to an example after it is read, not the reading.
 
     `commit()`, the position and `set_epoch()` are as in `EffectiveBatchSampler`, but that a pass
-    which nobody commits begins anew. The examples before the position are read again, or skipped
-    by the data's own `skip(n)`.
+    which nobody commits begins anew. Data that has a `set_epoch()` is told which pass it is. The
+    examples before the position are read again; in the first pass the data's own `skip(n)` does it.
 
     With `is_sharded` each rank has a stream of its own (`datasets.distributed.
     split_dataset_by_node`) and takes `effective_batch_size // world` examples of it a step, the
@@ -574,7 +574,7 @@ class EffectiveBatchStream(IterableDataset[list[Any]]):
         self._is_kept = True
 
     def set_epoch(self, epoch: int) -> None:
-        """Set the pass, and with it that of the data, unless the position is kept or was loaded."""
+        """Set the pass, unless `commit()` keeps it; the data's own `set_epoch` is told of it."""
         _whole("epoch", epoch, 0)
         if not self._is_kept:
             self._epoch = epoch
@@ -582,7 +582,11 @@ class EffectiveBatchStream(IterableDataset[list[Any]]):
     def state_dict(self) -> dict[str, Any]:
         """Return the position: examples consumed of the pass, and which pass it is."""
         self._roll()
-        state = {"consumed": sum(self._taken), "epoch": self._epoch}
+        state = {
+            "consumed": sum(self._taken),
+            "epoch": self._epoch,
+            "is_committed": self._is_kept,
+        }
         if self.is_sharded:
             state |= {"shards": list(self._taken), "batches": self._num_taken}
         return state
@@ -608,7 +612,7 @@ class EffectiveBatchStream(IterableDataset[list[Any]]):
             )
         self._taken, self._epoch, self._num_taken = taken, epoch, num_taken
         self._ended.fill_(-1)
-        self._is_kept = True
+        self._is_kept = bool(state.get("is_committed", True))
 
     def _roll(self) -> None:
         """Begin the next pass where one is committed to its end: beyond it, if that was short."""
@@ -644,15 +648,15 @@ class _Reading(Iterator[list[Any]]):
         self._open(stream._taken[stream._own], stream._num_taken)
 
     def _open(self, begin: int, turn: int) -> None:
-        stream = self._stream
-        data, skip = stream.data, getattr(stream.data, "skip", None)
-        if begin and skip is not None:
-            data = skip(begin)
-        set_epoch = getattr(data, "set_epoch", None)
+        stream, data, left = self._stream, self._stream.data, begin
+        skip, set_epoch = (getattr(data, name, None) for name in ("skip", "set_epoch"))
         if set_epoch is not None and (stream._is_kept or stream._epoch):
             set_epoch(stream._epoch)
-        source = iter(data)
-        self._source = islice(source, begin if skip is None else 0, None)
+        # That of `datasets` skips before it divides the data among ranks, and then no longer
+        # shuffles by epoch: a state would be of other examples.
+        if begin and skip and not (stream.is_sharded or (set_epoch and stream._epoch)):
+            data, left = skip(begin), 0
+        self._source = islice(iter(data), left, None)
         self._at = begin
         self._turn = self._first = turn
 

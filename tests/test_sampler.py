@@ -919,7 +919,7 @@ def test_workers_keep_the_order_of_a_stream_to_its_end(workers, num):
                 stream.commit()
                 if (epoch, number) == (1, 2):
                     break
-        assert stream.state_dict() == {"consumed": 12, "epoch": 1}
+        assert (stream.consumed, stream.epoch) == (12, 1)
         assert list(data) == expected[3:]
 
 
@@ -949,12 +949,13 @@ def test_each_example_of_a_stream_once_whatever_changes(num, life, can_skip):
     assert used == list(range(num))
 
 
-def test_a_stream_resumes_in_the_epoch_of_its_data():
+@pytest.mark.parametrize("num_shards", [1, 4])
+def test_a_stream_resumes_in_the_epoch_of_its_data(num_shards):
     datasets = pytest.importorskip("datasets")
     rows = [{"x": i} for i in range(50)]
 
     def make():
-        data = datasets.Dataset.from_list(rows).to_iterable_dataset(num_shards=1)
+        data = datasets.Dataset.from_list(rows).to_iterable_dataset(num_shards)
         return EffectiveBatchStream(data.shuffle(seed=3, buffer_size=20), 8, rank=0, world=1)
 
     first = make()
@@ -967,14 +968,16 @@ def test_a_stream_resumes_in_the_epoch_of_its_data():
             if len(passes) == 3 and len(passes[-1]) == 4:
                 break
     assert passes[0] != passes[1]
-    assert first.state_dict() == {"consumed": 32, "epoch": 2}
+    assert first.state_dict() == {"consumed": 32, "epoch": 2, "is_committed": True}
     again = make()
     again.load_state_dict(first.state_dict())
     rest = list(again)
     assert sorted(row["x"] for batch in passes[2] + rest for row in batch) == list(range(50))
-    alone = make()
-    alone.set_epoch(2)
-    assert list(alone) == passes[2] + rest
+    fresh = make()
+    fresh.set_epoch(2)
+    assert list(fresh) == passes[2] + rest
+    fresh.load_state_dict({"consumed": 32, "epoch": 0})
+    assert list(fresh) == passes[0][4:]
 
 
 def test_set_epoch_of_a_stream_moves_only_what_nobody_keeps():
@@ -983,7 +986,14 @@ def test_set_epoch_of_a_stream_moves_only_what_nobody_keeps():
     assert stream.epoch == 3
     stream.commit()
     stream.set_epoch(0)
-    assert stream.state_dict() == {"consumed": 4, "epoch": 3}
+    assert (stream.consumed, stream.epoch) == (4, 3)
+    resumed = EffectiveBatchStream(Stream(9), 4, rank=0, world=1)
+    resumed.load_state_dict(resumed.state_dict())  # of a run without commits
+    resumed.set_epoch(5)
+    assert resumed.epoch == 5
+    resumed.load_state_dict(stream.state_dict())
+    resumed.set_epoch(5)
+    assert resumed.epoch == 3
 
 
 def test_data_that_divides_itself_among_workers_is_refused():
@@ -1026,7 +1036,9 @@ def test_ranks_with_streams_of_their_own_take_their_parts_of_each_batch():
                 if number == 2:
                     break
             state = json.loads(json.dumps(stream.state_dict()))
-            assert state == {"consumed": 24, "epoch": 0, "shards": [9, 9, 6], "batches": 3}
+            assert state == {
+                "consumed": 24, "epoch": 0, "is_committed": True, "shards": [9, 9, 6], "batches": 3
+            }  # fmt: skip
             again = make(rank)
             again.load_state_dict(state)
             data = DataLoader(again, batch_size=None, num_workers=workers)
@@ -1039,6 +1051,28 @@ def test_ranks_with_streams_of_their_own_take_their_parts_of_each_batch():
         make(0, world=2).load_state_dict(state)
     with pytest.raises(BadInput, match="and this is one of one stream"):
         EffectiveBatchStream([1], 8, rank=0, world=3).load_state_dict(state)
+
+
+@pytest.mark.parametrize("num_shards", [1, 4])
+def test_a_data_set_split_by_node_resumes_where_it_was(num_shards):
+    datasets = pytest.importorskip("datasets")
+    split = pytest.importorskip("datasets.distributed")
+    rows = datasets.Dataset.from_dict({"x": list(range(40))}).to_iterable_dataset(num_shards)
+    seen = []
+    for rank in range(2):
+        data = split.split_dataset_by_node(rows, rank, 2)
+        given = {"rank": rank, "world": 2, "is_sharded": True, "num_batches": 7}
+        stream, state = EffectiveBatchStream(data, 6, **given), None
+        for number, share in enumerate(stream):
+            seen += [row["x"] for row in share]
+            stream.commit()
+            if number == 2:
+                state = stream.state_dict()
+                break
+        again = EffectiveBatchStream(data, 6, **given)
+        again.load_state_dict(state)
+        seen += [row["x"] for share in again for row in share]
+    assert sorted(seen) == list(range(40))
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 Message = dict[str, Any]
+AGAIN = "again"  # what a rank says in place of the end of its window
 
 
 class Alone:
@@ -46,10 +47,18 @@ class Alone:
     def require_same(self, model: nn.Module) -> None:
         """Raise RankDisagreement if the ranks begin with different parameters."""
 
+    def parameters(self, model: nn.Module) -> list[nn.Parameter]:
+        """Return what is to be trained, as the optimizer has it."""
+        return [p for p in model.parameters() if p.requires_grad]
+
+    def local(self, tensor: Tensor) -> Tensor:
+        """Return what this rank has of a gradient."""
+        return tensor
+
     def begin(self, parameters: Sequence[nn.Parameter], num_micros: Sequence[int]) -> int:
         """Begin a window; return how many micro-batches of no weight this rank has to run as well.
 
-        Everything that `reduce` needs is allocated here, so that nothing can fail there.
+        What `reduce` needs is allocated here or in `holds`, so that nothing can fail there.
 
         Args:
             parameters: To be trained.
@@ -58,18 +67,34 @@ class Alone:
         return 0
 
     def borrow(self, inputs: Any) -> Any:
-        """Return collated inputs that some rank has, for ranks without any; those given are kept.
+        """Return collated inputs of some rank where None are given; others are kept.
 
-        Collective, where `begin` returned more than 0 on some rank.
+        Collective. To be called between `begin` and the first micro-batch.
+
+        Raises:
+            OtherQuestions: A rank has failed in `begin`, and asks to run all again.
         """
         return inputs
 
-    def micro(self) -> AbstractContextManager[None]:
-        """Return what the forward and backward of one micro-batch run in."""
+    def micro(self, *, is_filler: bool = False) -> AbstractContextManager[None]:
+        """Return what the forward and backward of one micro-batch run in.
+
+        Args:
+            is_filler: It is one of those that `begin` asked for; its gradients are thrown away.
+        """
         return nullcontext()
 
-    def abandon(self) -> None:
-        """Leave nothing of a window that failed here: gradients, and peers that wait."""
+    def holds(self, parameters: Sequence[nn.Parameter]) -> list[bool]:
+        """Return of which parameters this rank has a gradient, once all micro-batches have run."""
+        return [p.grad is not None for p in parameters]
+
+    def abandon(self) -> bool:
+        """Leave nothing of a window that failed here: gradients, and peers that wait.
+
+        Returns:
+            Whether less will be held from now on, so that the budget may stay what it is.
+        """
+        return False
 
     def reduce(
         self, parameters: Sequence[nn.Parameter], used: Sequence[bool], extra: Tensor

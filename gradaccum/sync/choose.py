@@ -1,6 +1,7 @@
 """Which ranks a model is trained by, read from the model and from torch.distributed."""
 
 import os
+from typing import Any
 
 import torch.distributed as dist
 from torch import nn
@@ -22,8 +23,18 @@ def module_of(model: nn.Module) -> nn.Module:
     return own.module if isinstance(own, DistributedDataParallel) else model
 
 
-def ranks_of(model: nn.Module) -> Alone:
+def is_sharded(model: nn.Module) -> bool:
+    """Tell whether forwards of a model take all ranks: parts of it went through `fully_shard`."""
+    kinds = {kind.__name__ for module in model.modules() for kind in type(module).__mro__}
+    return num_ranks() > 1 and "FSDPModule" in kinds
+
+
+def ranks_of(model: nn.Module, sync: Any = None) -> Alone:
     """Return who trains this model together. Collective where there are several ranks.
+
+    Args:
+        model: To be trained.
+        sync: The mode of `Sharded`.
 
     Raises:
         BadInput: It is wrapped or sharded in a way that has no exact accumulation here.
@@ -63,4 +74,10 @@ def ranks_of(model: nn.Module) -> Alone:
                 f"{name} normalises by the statistics of one micro-batch on all ranks",
                 hint="put it in eval mode, or use GroupNorm",
             )
+    if is_sharded(inner):
+        from gradaccum.sync.sharded import Sharded  # DTensor takes torch 1.5 s to import
+
+        return Sharded(inner, sync)
+    if sync is not None:
+        raise BadInput(f"sync={sync!r} is for models that went through fully_shard")
     return Replicated()

@@ -7,7 +7,7 @@ windows of their own, of any number of micro-batches, even none.
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -57,7 +57,7 @@ class Replicated(Alone):
             error.add_note(f"and {gone.message}") if hasattr(error, "add_note") else None
 
     def require_same(self, model: nn.Module) -> None:
-        own = fingerprints(model)
+        own = fingerprints(model.named_parameters())
         digest = hashlib.sha256(json.dumps(own).encode()).hexdigest()
         if len({said["digest"] for said in self.exchange({"digest": digest})}) == 1:
             return
@@ -127,7 +127,7 @@ class Replicated(Alone):
         own, packed = [list(column) for column in zip(*parts, strict=True)]
         torch._foreach_copy_(packed, own)
         group = self.control if self._bucket.device.type == "cpu" else None
-        _collective(dist.all_reduce, self._bucket[:filled], group=group)
+        collective(dist.all_reduce, self._bucket[:filled], group=group)
         torch._foreach_copy_(own, packed)
 
     def _gather(self, message: Message) -> list[Message]:
@@ -143,34 +143,40 @@ class Replicated(Alone):
         said = len(given).to_bytes(8, "big") + given
         own = torch.frombuffer(bytearray(said[:room].ljust(room)), dtype=torch.uint8)
         heard = torch.empty(self.world, room, dtype=torch.uint8)
-        _collective(dist.all_gather, list(heard.unbind()), own, group=self.control)
+        collective(dist.all_gather, list(heard.unbind()), own, group=self.control)
         rows = [bytes(row.tolist()) for row in heard]
         return [(int.from_bytes(row[:8], "big"), row[8:]) for row in rows]
 
 
-def fingerprints(model: nn.Module) -> dict[str, str]:
-    """Return of each parameter what tells it from another: its shape and the sum of its bits."""
+def fingerprints(named: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
+    """Return of each tensor what tells it from another: its shape and the sum of its bits."""
     kinds = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    sums = {}
-    for name, p in model.named_parameters():
+    named, sums = list(named), {}
+    for name, p in named:
         bits = p.detach().reshape(-1)
         bits = torch.view_as_real(bits).reshape(-1) if bits.is_complex() else bits
         sums[name] = bits.view(kinds[bits.element_size()]).sum(dtype=torch.int64)
     values = torch.stack([s.cpu() for s in sums.values()]).tolist() if sums else []
-    named = zip(model.named_parameters(), values, strict=True)
-    return {name: f"{tuple(p.shape)} {value}" for (name, p), value in named}
+    pairs = zip(named, values, strict=True)
+    return {name: f"{tuple(p.shape)} {value}" for (name, p), value in pairs}
 
 
-def _collective(function: Any, *args: Any, group: Any) -> None:
+def collective(function: Any, *args: Any, group: Any) -> None:
+    """Run it; raise PeerFailed where another rank is gone."""
     try:
         function(*args, group=group)
     except RuntimeError as error:
-        cause = str(error).strip().splitlines()[0]
-        raise PeerFailed(
-            f"a rank is gone, or said nothing for {WAIT}: {cause}",
-            hint="the log of the rank that stopped first has the cause; resume from the last "
-            "checkpoint, on any number of ranks",
-        ) from error
+        raise gone(error) from error
+
+
+def gone(error: BaseException) -> PeerFailed:
+    """Return what to raise where a collective has failed."""
+    cause = str(error).strip().splitlines()[0]
+    return PeerFailed(
+        f"a rank is gone, or said nothing for {WAIT}: {cause}",
+        hint="the log of the rank that stopped first has the cause; resume from the last "
+        "checkpoint, on any number of ranks",
+    )
 
 
 _controls: list[Any] = []  # the group of all ranks, and the one that was made beside it

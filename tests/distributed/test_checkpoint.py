@@ -266,9 +266,9 @@ def test_torchrun_goes_on_with_another_number_of_workers(tmp_path, never_stopped
         tmp_path, "--max-restarts", "0", nproc=3, script=["--kill", "2:10", "--kind", "fsdp2"]
     )
     assert not result.ok and lines[-1][0] <= 11
-    result, lines = run_elastic(tmp_path, nproc=2)
+    result, lines = run_elastic(tmp_path, nproc=1)
     assert result.ok, result.stderr
-    assert {(line[2], line[3]) for line in lines} == {(3, 0), (2, 9)}
+    assert {(line[2], line[3]) for line in lines} == {(3, 0), (1, 9)}
     same_log(lines, tmp_path, never_stopped)
 
 
@@ -491,8 +491,10 @@ def test_a_damaged_file_is_named_and_the_one_before_can_be_used(damage, suffix, 
     damage(file)
     with pytest.raises(BadInput) as caught:
         checkpoints.restore()
-    assert f"{file} is damaged" in str(caught.value)
-    assert f"hint: remove {tmp_path / 'step-2'} to use the one before it" in str(caught.value)
+    told = str(caught.value)
+    assert f"{file} is damaged" in told
+    assert ("bytes and was written with" in told) == (damage is cut and "safe" in suffix)
+    assert f"hint: remove {tmp_path / 'step-2'} to use the one before it" in told
     shutil.rmtree(tmp_path / "step-2")
     assert checkpoints.restore() == 1 and (model.weight == 1).all()
 
@@ -760,7 +762,7 @@ def gone(rank, world):
 def test_the_launcher_tells_what_became_of_each_rank():
     assert launch.values(launch.run(consumed_of, 1)) == [NUM_EXAMPLES]
     launch.run(consumed_of, 1, warm=True)  # so that the fork server is there
-    first, second = launch.run_many([(consumed_of, ()), (late, ())], 2, deadline=6, warm=True)
+    first, second = launch.run_many([(consumed_of, ()), (late, ())], 2, deadline=5, warm=True)
     assert launch.values(first) == [NUM_EXAMPLES] * 2
     assert second[0].value == 0 and second[1].hung and "in late" in second[1].stderr
     alive, killed = launch.run(gone, 2, warm=True)
