@@ -39,8 +39,8 @@ def started(inputs, output, nproc, *words, restarts=2):
         "--budget=3 examples", "--optim=sgd", *words,
     ]  # fmt: skip
     torchrun = [
-        "-m", "torch.distributed.run", "--nproc-per-node", str(nproc), "--max-restarts", str(restarts),
-        "--monitor-interval", "0.2", "--rdzv-backend", "c10d",
+        "-m", "torch.distributed.run", "--nproc-per-node", str(nproc), "--max-restarts",
+        str(restarts), "--monitor-interval", "0.2", "--rdzv-backend", "c10d",
         "--rdzv-endpoint", f"127.0.0.1:{free_port()}",
     ]  # fmt: skip
     command = [*(torchrun if nproc > 1 else ()), "-m", "gradaccum", "train", *flags]
