@@ -20,8 +20,12 @@ import gradaccum
 from gradaccum.cli import arguments, embedded
 from gradaccum.cli.main import main
 from gradaccum.cli.progress import Metrics, StopOnSignal
+from gradaccum.sync.alone import Alone
 from gradaccum.types import Budget
 from tests.hf_models import llama, prompts, tokenizer
+
+# What a callback knows of a run on one process.
+ALONE = SimpleNamespace(accumulator=SimpleNamespace(ranks=Alone()))
 
 
 @pytest.fixture(scope="module")
@@ -157,9 +161,10 @@ def test_a_signal_inside_of_a_print_is_no_error(monkeypatch, capfd):
         def write(self, text):
             raise RuntimeError("reentrant call inside <_io.BufferedWriter name='<stderr>'>")
 
-    stopping = StopOnSignal()
+    stopping = StopOnSignal(ALONE)
     monkeypatch.setattr("sys.stderr", Printing())
     stopping._receive(signal.SIGTERM, None)
+    stopping.on_step_end(None, SimpleNamespace(global_step=1, max_steps=2), SimpleNamespace())
     assert stopping.received == signal.SIGTERM
     assert "stopping after this step" in capfd.readouterr().err
 
@@ -456,7 +461,7 @@ def test_a_line_cut_off_by_a_kill_is_dropped(tmp_path):
 def test_a_signal_after_the_last_step_stops_nothing():
     """The model is saved as after any run, not left behind without a checkpoint."""
     for step, is_stopped in ((1, True), (2, False)):
-        stop, control = StopOnSignal(), SimpleNamespace()
-        stop.received = signal.SIGTERM
+        stop, control = StopOnSignal(ALONE), SimpleNamespace()
+        stop._receive(signal.SIGTERM, None)
         stop.on_step_end(None, SimpleNamespace(global_step=step, max_steps=2), control)
         assert stop.stopped == is_stopped == hasattr(control, "should_save")
