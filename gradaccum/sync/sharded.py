@@ -401,12 +401,12 @@ def _other_collectives() -> NotDecomposable:
 
 
 def _store() -> Any:
-    return dist.distributed_c10d._get_default_store()  # torch 2.11, 2.13
+    return dist.distributed_c10d._get_default_store()  # torch 2.10, 2.11, 2.13
 
 
 # Below is all that touches what torch keeps to itself: FSDPState, FSDPParamGroup and FSDPParam, as
-# in torch 2.11 and 2.13 (torch/distributed/fsdp/_fully_shard). Much of it has public setters; none
-# has a getter, and what a window finds has to be put back.
+# in torch 2.10, 2.11 and 2.13 (torch/distributed/fsdp/_fully_shard). Much of it has public setters;
+# none has a getter, and what a window finds has to be put back.
 SETTINGS = (
     "reduce_grads",
     "all_reduce_grads",
@@ -513,7 +513,7 @@ class Groups:
         for name in FIELDS:
             if not all(hasattr(group, name) for group in self.all):
                 raise BadInput(
-                    f"FSDP2 of torch {torch.__version__} has no {name}", hint="torch 2.11 or 2.13"
+                    f"FSDP2 of torch {torch.__version__} has no {name}", hint="torch 2.10 to 2.13"
                 )
         self.reshard()  # a forward without gradients leaves some parameters gathered
         names = {p: name for name, p in self.model.named_parameters()}

@@ -225,12 +225,13 @@ def survive(
         "kills": 0, "completed": 0, "half_written": 0, "lost_or_doubled": 0, "checkpoints_lost": 0,
         "redone": 0, "weights": [],
     }  # fmt: skip
+    launch.run("operator:add", 1, warm=True, deadline=150)  # starting the fork server takes seconds
     expected, seconds = consumed(steps), 0.0
     while not seconds or found["kills"] < num_kills:
         run = folder / f"run-{found['completed']}"
         latest, results = 0, None
         while results is None:
-            begin = time.monotonic()
+            begin, born = time.monotonic(), time.time()
             scene = (_killable, (str(run), steps, kind, every))
             job = launch.Job([scene], chance.choice(worlds), deadline=150, timeout=120, warm=True)
             left_alone = not seconds or found["kills"] >= num_kills
@@ -239,11 +240,13 @@ def survive(
                 time.sleep(0.002)
             if job.done():
                 results = launch.values(job.wait()[0])
-                seconds = seconds or time.monotonic() - begin
+                if results[0]["begin"] == 0:  # others use the machine, too
+                    seconds = time.monotonic() - begin
             else:
                 job.kill()
                 found["kills"] += 1
-                found["half_written"] += any(run.glob("*.writing"))
+                half = [path.stat().st_ctime for path in run.glob("*.writing")]
+                found["half_written"] += any(changed >= born for changed in half)
             there = [int(path.name[5:]) for path in run.glob("step-*") if path.suffix == ""]
             found["checkpoints_lost"] += max(there, default=0) < latest
             latest = max(there, default=0)

@@ -95,6 +95,7 @@ OBJECTIVE = Objective(loss, lambda batch: len(batch["y"]), unit="rows")
 
 def shard(model: nn.Module, how: str = "nested", **options) -> nn.Module:
     """Apply fully_shard in one of the ways that people do."""
+    gc.freeze()  # collecting garbage, after memory ran out, would look at all that is imported
     if how == "nested":
         fully_shard(model.blocks[0].one, **options)
     if how == "grouped":
@@ -239,7 +240,6 @@ def windows(rank, world, mode, options=(), num=2, cuts=None, examples=4, fault=N
         examples: The budget.
         fault: By rank that fails, the arguments of `Faulty` but the model; the error by name.
     """
-    gc.freeze()  # collecting garbage, after memory ran out, would look at all that is imported
     options = dict(options)
     dtype = options.get("dtype", torch.float64)
     model = build(world, options)
@@ -439,8 +439,7 @@ def precise(rank, world, mode, policy):
         options["mp_policy"] = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
     else:
         dtype = torch.bfloat16
-    model = shard(Net(16, dtype), "blocks" if mode == "blocks" else "nested", **options)
-    mode, size = "each" if mode == "blocks" else mode, ROWS // world
+    model, size = shard(Net(16, dtype), **options), ROWS // world
     batch = rows(rank * size, (rank + 1) * size, dtype)
     batch["flag"][:] = True
     if mode is None:
@@ -448,7 +447,10 @@ def precise(rank, world, mode, policy):
             part = {key: value[i : i + 4] for key, value in batch.items()}
             loss(model, part).div(ROWS / world).backward()
     else:
-        Accumulator(model, OBJECTIVE, budget=Budget(examples=4), sync=mode).backward(batch)
+        wide = torch.float32 if policy == "wide" else None
+        Accumulator(
+            model, OBJECTIVE, budget=Budget(examples=4), sync=mode, grad_dtype=wide
+        ).backward(batch)
     return gradients(model)
 
 
