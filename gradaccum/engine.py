@@ -168,8 +168,9 @@ class Accumulator:
     def ranks(self) -> Alone:
         """Return who trains the model together; found at the first step, by all ranks at once."""
         if self._ranks is None or self._ranks.world != num_ranks():
-            self._ranks = ranks_of(self.model, self._sync)
-            self._ranks.require_same(self.model)
+            found = ranks_of(self.model, self._sync)
+            found.require_same(self.model)  # if they differ, it is asked again
+            self._ranks = found
         return self._ranks
 
     def prepare(self, batch: Any) -> Window:
@@ -183,9 +184,8 @@ class Accumulator:
         """
         hearing = self._hearing or Hearing(Alone())
         before = Random()
-        host = as_batch(
-            batch, self._collate, trim=self.objective.trim, may_be_empty=hearing.ranks.world > 1
-        )
+        is_shared = hearing.ranks.world > 1 or num_ranks() > 1  # the second if prepared ahead
+        host = as_batch(batch, self._collate, trim=self.objective.trim, may_be_empty=is_shared)
         micros = split(host, self.objective, self.budget.within(self.limit))
         inputs = tuple(host.take(micro.examples) for micro in micros)
         drawn = before, Random()
@@ -379,6 +379,8 @@ class Accumulator:
             # What is left to do takes no part of the batch.
             self._running = window.micros[0] if window.micros else None
             used, shares = _ended(parameters, ranks, window.share)
+            if ranks.world > 1:
+                self._running = None  # the others go on: it is too late to run again alone
             wide = torch.float32 if device.type == "mps" else torch.float64
             late = torch.stack(reported).sum() if reported else torch.zeros((), device=device)
             own = torch.cat([losses.sum(0).to(wide), late.to(wide)[None]])
@@ -525,11 +527,20 @@ def _ended(
     if ranks.world > 1 and any(p.grad is not None and p.grad.is_sparse for p in parameters):
         raise BadInput("sparse gradients are not added over ranks", hint="Embedding(sparse=False)")
     own = sum(1 << i for i, is_held in enumerate(ranks.holds(parameters)) if is_held)
-    heard = ranks.exchange({"grads": f"{own:x}", "share": share})
+    heard = ranks.exchange({"grads": f"{own:x}", "share": share, "layout": ranks.layout})
     if any(AGAIN in said for said in heard):
         raise OtherQuestions(is_first=False)
+    layouts = dict.fromkeys(said["layout"] for said in heard)
+    if len(layouts) > 1:
+        raise RankDisagreement(
+            f"the gradients of ranks do not fit together: {'; '.join(layouts)}",
+            hint="train the same parameters on every rank, with the same accumulate_dtype",
+        )
     found = functools.reduce(int.__or__, (int(said["grads"], 16) for said in heard))
     used = [bool(found >> i & 1) for i in range(len(parameters))]
+    for p, is_used in zip(parameters, used, strict=True):
+        if not is_used:
+            p.grad = None
     return used, tuple(Share(*said["share"]) for said in heard)
 
 

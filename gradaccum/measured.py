@@ -117,8 +117,8 @@ class Measured:
         self._num_batches += 1
         found: Contract | None = self.contract
         refusal: NotDecomposable | None = None
-        is_joined = False
-        for _ in range(5):
+        is_joined, num_odd = False, 0
+        for _ in range(8):
             if found is None and refusal is None:
                 found, refusal = self._tried(model, host, len(micros))
             own = {
@@ -129,12 +129,19 @@ class Measured:
             }
             heard = exchange(own)
             refused = [said["refusal"] for said in heard if said["refusal"]]
-            num_micros = sum(said["share"][0] for said in heard)
+            num_micros, num_rows = (sum(said["share"][i] for said in heard) for i in (0, 1))
             if refused and num_micros > 1:
                 raise refusal or NotDecomposable(f"{refused[0]} (on another rank)")
-            agreed = _agreed(heard)
-            if refused or (agreed is None and num_micros == 1 and len(host) == 1):
-                return self._whole(micros, inputs)
+            try:
+                agreed = _agreed(heard)
+            except RankDisagreement:
+                if is_joined or refused:
+                    raise
+                # Few rows may fit more than they should: what all rows are measured to be decides.
+                (host, is_joined), found = (self._rows_of_all(host, exchange), True), None
+                continue
+            if refused or (agreed is None and num_rows == 1):
+                return self._whole(micros, inputs, float(num_rows))
             if agreed is None and any(said["share"][1] == 1 for said in heard) and not is_joined:
                 host, is_joined = self._rows_of_all(host, exchange), True
                 continue
@@ -150,7 +157,10 @@ class Measured:
             if len(agreed.counters) == 1 or not any(x["odd"] for x in exchange({"odd": bool(odd)})):
                 self.contract = agreed
                 return self._resolved(agreed, totals, model, micros, inputs, exchange)
-            if odd:
+            num_odd += 1
+            if num_odd > 1 and not is_joined:  # no rank's own rows tell
+                host, is_joined, odd = self._rows_of_all(host, exchange), True, (0,)
+            if odd and len(host) > 1:
                 try:
                     found = self._told_apart(agreed, model, host, odd)
                 except NotDecomposable as error:
@@ -194,12 +204,18 @@ class Measured:
         Raises:
             NotDecomposable: They are not listed, or too few all the same.
         """
-        own = list(host) if isinstance(host, Listed) else []
+        own = list(host) if isinstance(host, Listed) else None
         heard = exchange({"rows": base64.b64encode(pickle.dumps(own)).decode()})
-        rows = [row for said in heard for row in pickle.loads(base64.b64decode(said["rows"]))]
+        parts = [pickle.loads(base64.b64decode(said["rows"])) for said in heard]
+        if not isinstance(host, Listed) or None in parts:
+            raise NotDecomposable(
+                f"the rows of one rank alone do not tell how {self.name} is reduced",
+                hint="give batches as lists of examples, so that those of all ranks can be looked "
+                "at; or state it: from_mean(loss, weight=...)",
+            )
+        rows = [row for part in parts for row in part]
         if len(rows) < 2:
             raise NotDecomposable(f"one example does not tell how {self.name} is reduced")
-        assert isinstance(host, Listed), "its rows are among them"
         return Listed(rows, host.collate)
 
     def objective(self, *, size: Callable[[Any], int] = length, trim: bool = False) -> Objective:
@@ -283,15 +299,14 @@ class Measured:
         is_low = self.is_low or any(dtype.itemsize < 4 for dtype in dtypes)
         return "low" if is_low else "float32" if torch.float32 in dtypes else "float64"
 
-    def _whole(self, micros: list[Micro], inputs: tuple[Any, ...]) -> Resolved:
+    def _whole(self, micros: list[Micro], inputs: tuple[Any, ...], num: float) -> Resolved:
         """Return the loss of one micro-batch that holds the whole effective batch, as it is.
 
         On another rank than its own there is none.
         """
         if not micros:
-            return _resolved([], [], {"loss": 1.0}, "rows")
+            return _resolved([], [], {"loss": num}, "rows")
         count = None if self.own_count is None else self.own_count(inputs[0])
-        num = float(len(micros[0].examples))
         return _resolved([self._times(num, count=count)], [num], {"loss": num}, "rows")
 
     def _counts(self, inputs: Any, num_rows: int, names: Collection[str]) -> dict[str, float]:

@@ -21,6 +21,7 @@ class Alone:
         rank: Of this process.
         world: The number of ranks.
         policy: How gradients are added, in words.
+        layout: What `reduce` is going to add, in words that have to be the same on all ranks.
         restarts_alone: Whether a rank that ran out of memory runs its share again by itself, while
             the others wait; else all do.
     """
@@ -28,6 +29,7 @@ class Alone:
     rank = 0
     world = 1
     policy = ""
+    layout = ""
     restarts_alone = True
 
     def exchange(self, message: Message) -> list[Message]:
@@ -128,7 +130,11 @@ class Hearing:
         Raises:
             OtherQuestions: The step runs again, and asks more than it did at first.
         """
-        if self._next == len(self._heard):
+        rank, heard = self.ranks.rank, self._heard
+        if self._is_over:  # what is known by now is not asked again
+            while self._next < len(heard) and heard[self._next][rank].keys() != message.keys():
+                self._next += 1
+        if self._next == len(heard):
             if self._is_over:
                 raise OtherQuestions(is_first=True)
             self._heard.append(self.ranks.exchange(message))

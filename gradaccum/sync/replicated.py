@@ -23,6 +23,7 @@ from gradaccum.sync.alone import Alone, Message
 WAIT = timedelta(minutes=30)
 BUCKET_BYTES = 25 * 2**20
 SHORT = 2048  # bytes of a message that takes one collective; longer ones take another
+SCALARS = 8  # numbers beside the gradients for which there is room without another bucket
 FAILED = "failed"
 
 
@@ -37,8 +38,14 @@ class Replicated(Alone):
 
     def __init__(self) -> None:
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
-        self.control = _control()
+        _control()
         self._bucket: Tensor | None = None
+        self._flat: dict[nn.Parameter, Tensor] = {}  # gradients that do not lie in one piece
+
+    @property
+    def control(self) -> Any:
+        """Return the group that messages go over; nothing else holds it."""
+        return _control()
 
     def exchange(self, message: Message) -> list[Message]:
         heard = self._gather(message)
@@ -63,10 +70,12 @@ class Replicated(Alone):
             return
         first, *others = (said["own"] for said in self.exchange({"own": own}))
         for rank, other in enumerate(others, start=1):
-            differ = [name for name, _ in first.items() ^ other.items()]
+            differ = {name for name, _ in first.items() ^ other.items()}
+            in_order = zip(first, other, strict=False)
+            differ |= {one for one, two in in_order if one != two}
             if differ:
                 raise RankDisagreement(
-                    f"{len(set(differ))} of {len(first)} parameters differ between ranks 0 and "
+                    f"{len(differ)} of {len(first)} parameters differ between ranks 0 and "
                     f"{rank}, {min(differ)} among them",
                     hint="build the model from one seed or checkpoint on every rank, or wrap it in "
                     "DistributedDataParallel, which sends rank 0's",
@@ -74,14 +83,26 @@ class Replicated(Alone):
 
     def begin(self, parameters: Sequence[nn.Parameter], num_micros: Sequence[int]) -> int:
         dtype = torch.float32
+        self._flat.clear()
         for p in parameters:
             dtype = torch.promote_types(dtype, p.grad_dtype or p.dtype)
-        num = sum(p.numel() for p in parameters) + 64
-        num, device = min(num, BUCKET_BYTES // dtype.itemsize), parameters[0].device
+        num, device = sum(p.numel() for p in parameters), parameters[0].device
+        self.layout = f"{len(parameters)} parameters, {num:,} values of {dtype}"
+        num = min(num + 2 * SCALARS * self.world, BUCKET_BYTES // dtype.itemsize)
         bucket = self._bucket
         if bucket is None or (bucket.dtype, bucket.device, len(bucket)) != (dtype, device, num):
             self._bucket = torch.empty(num, dtype=dtype, device=device)
         return 0
+
+    def holds(self, parameters: Sequence[nn.Parameter]) -> list[bool]:
+        """Tell, and allocate zeros where there is none: in `reduce` nothing may fail."""
+        held = super().holds(parameters)
+        for p in parameters:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p, dtype=p.grad_dtype)
+            elif not p.grad.is_contiguous():  # channels last
+                self._flat[p] = p.grad.detach().reshape(-1)
+        return held
 
     def reduce(
         self, parameters: Sequence[nn.Parameter], used: Sequence[bool], extra: Tensor
@@ -93,17 +114,20 @@ class Replicated(Alone):
                 continue
             if p.grad is None:
                 p.grad = torch.zeros_like(p, dtype=p.grad_dtype)
-            flat = p.grad.detach().reshape(-1)
+            flat = self._flat.pop(p, None)
+            flat = p.grad.detach().reshape(-1) if flat is None else flat
             flats.append(flat)
-            if flat.data_ptr() != p.grad.data_ptr():  # channels last: reshape has copied
+            if flat.data_ptr() != p.grad.data_ptr():
                 copies.append((p.grad, flat))
         narrow = extra.to(self._bucket.dtype)
-        tail = torch.stack([narrow, (extra - narrow.to(extra)).to(narrow)])  # in two parts: exact
-        tail = torch.where(tail.isnan() & ~narrow.isnan(), 0, tail)  # inf - inf
-        self._sum([*flats, flat_tail := tail.reshape(-1)])
+        # In two parts and a place for each rank, so that nothing is rounded.
+        parts = torch.stack([narrow, (extra - narrow.to(extra)).to(narrow)])
+        tail = narrow.new_zeros(self.world, 2, len(extra))
+        tail[self.rank] = torch.where(parts.isnan() & ~narrow.isnan(), 0, parts)  # inf - inf
+        self._sum([*flats, tail.view(-1)])
         for grad, flat in copies:
             grad.copy_(flat.view(grad.shape))
-        return flat_tail.view(2, -1).to(extra).sum(0)
+        return tail.to(extra).sum((0, 1))
 
     def _sum(self, flats: Sequence[Tensor]) -> None:
         """Add these over ranks, in place, as one stream that is cut into buckets."""
@@ -126,8 +150,8 @@ class Replicated(Alone):
         assert self._bucket is not None, "something is in it"
         own, packed = [list(column) for column in zip(*parts, strict=True)]
         torch._foreach_copy_(packed, own)
-        group = self.control if self._bucket.device.type == "cpu" else None
-        collective(dist.all_reduce, self._bucket[:filled], group=group)
+        is_cpu = self._bucket.device.type == "cpu"
+        collective(dist.all_reduce, self._bucket[:filled], group=self.control if is_cpu else None)
         torch._foreach_copy_(own, packed)
 
     def _gather(self, message: Message) -> list[Message]:
@@ -149,7 +173,10 @@ class Replicated(Alone):
 
 
 def fingerprints(named: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
-    """Return of each tensor what tells it from another: its shape and the sum of its bits."""
+    """Return of each tensor what tells it from another: its shape and the sum of its bits.
+
+    Their order is that in which gradients are added, and whether they are trained is a part of it.
+    """
     kinds = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     named, sums = list(named), {}
     for name, p in named:
@@ -158,15 +185,27 @@ def fingerprints(named: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
         sums[name] = bits.view(kinds[bits.element_size()]).sum(dtype=torch.int64)
     values = torch.stack([s.cpu() for s in sums.values()]).tolist() if sums else []
     pairs = zip(named, values, strict=True)
-    return {name: f"{tuple(p.shape)} {value}" for (name, p), value in pairs}
+    return {
+        name: f"{tuple(p.shape)} {p.dtype} {p.requires_grad} {value}" for (name, p), value in pairs
+    }
 
 
 def collective(function: Any, *args: Any, group: Any) -> None:
-    """Run it; raise PeerFailed where another rank is gone."""
+    """Run it; raise PeerFailed where another rank is gone.
+
+    The connections of this rank are then closed, so that whoever waits for it is told as well, and
+    not only the neighbours of the one that is gone.
+    """
     try:
         function(*args, group=group)
+        return
     except RuntimeError as error:
-        raise gone(error) from error
+        failure = gone(error)
+    if group is not None and group in _controls:
+        _controls[1] = None
+        dist.destroy_process_group(group)
+    del group  # the frames of what is raised keep it open
+    raise failure
 
 
 def gone(error: BaseException) -> PeerFailed:
@@ -186,4 +225,6 @@ def _control() -> Any:
     """Return the group that messages go over; made once for the job, by all ranks together."""
     if _controls[:1] != [dist.group.WORLD]:
         _controls[:] = [dist.group.WORLD, dist.new_group(backend="gloo", timeout=WAIT)]
+    if _controls[1] is None:
+        raise PeerFailed("a rank was lost before", hint="start all ranks again")
     return _controls[1]

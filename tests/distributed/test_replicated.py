@@ -329,10 +329,7 @@ def test_what_one_rank_cannot_mend_all_raise(how, culprits):  # [A6]
         assert oracle.error(value["grads"], expected(case)) <= EXACT
 
 
-FAR = pytest.mark.xfail(reason="those that are not beside the killed one notice by others' end")
-
-
-@pytest.mark.parametrize("world", [2, pytest.param(4, marks=FAR)])
+@pytest.mark.parametrize("world", [2, 4])
 def test_a_rank_that_is_killed_is_noticed_by_all(tmp_path, world):  # [A7]
     """Also by those that are not beside it, while those that are stay alive."""
     jobs = {}
