@@ -1,6 +1,6 @@
 """A tiny run that may be killed anywhere and goes on on any number of ranks, sharded or not.
 
-python -m tests.distributed.elastic_train FOLDER --steps 20 --every 3 --kill 1:7
+python -m tests.distributed.elastic_train FOLDER --steps 20 --every 3 --kill 0:1:7,1:0:12
 
 What a step computes depends on the step alone: its examples come from an order that knows no rank,
 gradients are sums over ranks, divided by the weight of the whole effective batch. `log.jsonl` has a
@@ -148,7 +148,8 @@ def train(
         kind: "replicated", "fsdp2" or "hsdp".
         every: Save after so many steps, and at the end; 0: never.
         dropout: Probability.
-        kill: "rank:step" of whom to kill in the backward of which step.
+        kill: "start:rank:step", with commas between several: who is killed after the backward of
+            which step, at which start by the same torchrun.
         slow: Seconds to sleep in each step.
         without: What is not restored: a control that has to fail.
         options: Those of `Checkpoints`.
@@ -167,7 +168,8 @@ def train(
     while step < steps:
         batch = order.batch()
         loss = backward(model, batch, rank, world, kind)
-        if kill == f"{rank}:{step}" and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+        start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        if f"{start}:{rank}:{step}" in kill.split(","):
             os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(slow)
         optimizer.step()
@@ -235,7 +237,7 @@ def survive(
             scene = (_killable, (str(run), steps, kind, every))
             job = launch.Job([scene], chance.choice(worlds), deadline=150, timeout=120, warm=True)
             left_alone = not seconds or found["kills"] >= num_kills
-            moment = chance.uniform(0, 1.2 * seconds)
+            moment = chance.uniform(0, seconds)
             while not job.done() and (left_alone or time.monotonic() - begin < moment):
                 time.sleep(0.002)
             if job.done():
