@@ -32,15 +32,27 @@ RUNS = {
     "QLoRA r16, 4-bit nested": (
         [*LORA, "--load_in_4bit", "--use_bnb_nested_quant", "--optim=paged_adamw_8bit"], "24GiB",
     ),
+    "full, bf16, AdamW, 8 ranks (FSDP2)": (
+        ["--dtype=bfloat16", "--ranks=8", "--shard_ranks=8", "--effective_batch_size=256"], "80GiB",
+    ),
+    "full, bf16, AdamW, 64 ranks (HSDP, 8 copies)": (
+        ["--dtype=bfloat16", "--ranks=64", "--shard_ranks=8", "--effective_batch_size=2048"],
+        "80GiB",
+    ),
+    "full, bf16, AdamW, 1,024 ranks (HSDP, 16 copies)": (
+        ["--dtype=bfloat16", "--ranks=1024", "--shard_ranks=64", "--effective_batch_size=32768"],
+        "80GiB",
+    ),
 }  # fmt: skip
 PAGE = """\
 # Plans for a Llama of 8 billion parameters
 
 Made on two CPU cores without weights and without a GPU, by `{command}`:
 `gradaccum plan --effective_batch_size 64 --max_length 2048 --device cuda --memory ...` with the
-flags of each row. Times are relative to the fastest option that fits; peaks are what tensors take,
-with the backward of flash attention and blocks of 512 bytes, and fit beside context, workspace and
-fragments (assumed, see [guides/memory.md](guides/memory.md)).
+flags of each row; on several ranks 32 examples for each, all told of one rank. Times are relative
+to the fastest option that fits; peaks are what tensors take, with the backward of flash attention
+and blocks of 512 bytes, and fit beside context, workspace and fragments (assumed, see
+[guides/memory.md](guides/memory.md)).
 
 {heads}
 {rows}
@@ -51,8 +63,9 @@ that; checkpointing is not looked at where it cannot be faster.
 {options}
 """
 HEADS = ["run", "memory", "chosen micro-batch", "accumulation steps", "checkpointing", "peak GiB",
-         "parameters", "gradients", "optimizer", "activations", "planned in", "with"]  # fmt: skip
-OPTIONS = ["micro-batch", "accumulation steps", "checkpointing", "peak GiB", "time", "fits"]
+         "parameters", "gradients", "optimizer", "activations", "sync", "sent GiB a step",
+         "planned in", "with"]  # fmt: skip
+OPTIONS = ["micro-batch", "accumulation steps", "checkpointing", "sync", "peak GiB", "time", "fits"]
 
 
 def head(names: list[str]) -> str:
@@ -80,9 +93,10 @@ def row(name: str, memory: str, found: dict[str, Any]) -> str:
     one, parts = found["chosen"], found["chosen"]["categories"]
     held = sum(parts[k] for k in ("activations", "temporaries", "inputs", "buffers"))
     sizes = [one["peak_bytes"], parts["parameters"], parts["gradients"], parts["optimizer state"]]
+    sent = found["sent_bytes"]["micro_batch"] * one["num_micros"] + found["sent_bytes"]["step"]
     cells = [name, memory, f"{one['rows']} x {one['length']:,}", str(one["num_micros"]),
              "on" if one["checkpointing"] else "off",
-             *(f"{n / GIB:.1f}" for n in (*sizes, held)),
+             *(f"{n / GIB:.1f}" for n in (*sizes, held)), one["sync"] or "", f"{sent / GIB:.0f}",
              f"{found['plan_seconds']:.0f} s", f"{found['resident_gib']:.2f} GiB"]  # fmt: skip
     return f"| {' | '.join(cells)} |"
 
@@ -93,8 +107,8 @@ def options(name: str, found: dict[str, Any]) -> str:
         if o["rows"] in (1, 2, 4, 8, 16, 64) or o["budget"] == found["chosen"]["budget"]:
             lines.append(
                 f"| {o['rows']} x {o['length']:,} | {o['num_micros']} | "
-                f"{'on' if o['checkpointing'] else 'off'} | {o['peak_bytes'] / GIB:.1f} | "
-                f"{o['time']:.2f}x | {'yes' if o['fits'] else 'no'} |"
+                f"{'on' if o['checkpointing'] else 'off'} | {o['sync'] or ''} | "
+                f"{o['peak_bytes'] / GIB:.1f} | {o['time']:.2f}x | {'yes' if o['fits'] else 'no'} |"
             )
     return "\n".join(lines)
 

@@ -11,13 +11,13 @@
 
 A directory `step-100` holds the tensors of all ranks as safetensors, written and read by
 torch.distributed.checkpoint, and all else in `state.json`. No file is ever unpickled. Replicated,
-DDP, FSDP2 and HSDP models store the same, so each can go on from what another one has left.
+DDP, FSDP2 and HSDP models store the same, so each can go on from what another one has left. How a
+state becomes files, and back, is `stored.py`.
 
 Deliberately not here: writing in the background, pipeline stages (ranks with other names of
 parameters), and folders that not all ranks see.
 """
 
-import base64
 import hashlib
 import json
 import logging
@@ -26,19 +26,14 @@ import random
 import re
 import shutil
 import sys
-import warnings
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from importlib.util import find_spec
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -46,25 +41,36 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.tensor import DTensor
-from torch.futures import Future
 from torch.optim import Optimizer
 
 from gradaccum import __version__
-from gradaccum.errors import BadInput, MissingExtra, PeerFailed
+from gradaccum.errors import BadInput, PeerFailed
 from gradaccum.state import Random
+from gradaccum.stored import (
+    apart,
+    changes,
+    check_files,
+    collector,
+    damaged,
+    decoded,
+    differences,
+    encoded,
+    flush,
+    inline,
+    need_safetensors,
+    read_tensors,
+    refuse,
+    shape_of,
+    write_tensors,
+)
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
-Put = Callable[[str, Tensor], Any]
 
 FORMAT = 1
 STATE = "state.json"
 WRITING = ".writing"
-FILE_BYTES = (
-    2**31
-)  # a rank has at most so much of an accelerator's memory on the host while it writes
 
 
 class Checkpoints:
@@ -113,7 +119,7 @@ class Checkpoints:
     ) -> None:
         if keep < 1 or on_change not in ("warn", "refuse"):
             raise BadInput(f'{keep=} is below 1, or {on_change=} is neither "warn" nor "refuse"')
-        _need_safetensors()
+        need_safetensors()
         self.folder, self.keep, self.on_change = Path(folder), keep, on_change
         self.settings = dict(settings or {})
         self.objects = {name: each for name, each in objects.items() if each is not None}
@@ -151,8 +157,8 @@ class Checkpoints:
             state, tensors = _together(lambda: self._begin(step, writing))
             _together(lambda: _need_shared(writing))
             _need_same(state)
-            state["random"] = _gathered(_encoded(vars(Random()), "random", _inline))
-            _write(tensors, writing)
+            state["random"] = _gathered(encoded(vars(Random()), "random", inline))
+            write_tensors(tensors, writing, rank=_rank())
             _together(lambda: self._publish(state, writing) if _rank() == 0 else None)
         except CheckpointException as error:
             raise self._not_saved(step, _first_of(error)) from error
@@ -180,9 +186,9 @@ class Checkpoints:
         path = self.folder / f"step-{step}"
         state, targets = _together(lambda: self._read(path))
         try:
-            _load(targets, path)
+            read_tensors(targets, path)
         except CheckpointException as error:
-            raise _damaged(path, _first_of(error)) from error
+            raise damaged(path, _first_of(error)) from error
         _together(lambda: self._hand_back(state, targets))
         note = _restore_random(state["random"])
         if note and _rank() == 0:
@@ -200,16 +206,16 @@ class Checkpoints:
             self._make(step, writing)
         tensors: dict[str, Tensor] = {}
         trees = {
-            name: _encoded(self._state_of(name), name, _collector(tensors)) for name in self.objects
+            name: encoded(self._state_of(name), name, collector(tensors)) for name in self.objects
         }
         state = {
             "format": FORMAT,
             "step": step,
             "versions": {"gradaccum": __version__, "torch": str(torch.__version__)},
-            "settings": _encoded(self.settings, "settings", _refused),
+            "settings": encoded(self.settings, "settings", refuse),
             "kinds": self._kinds(),
             "objects": trees,
-            "tensors": {name: _shape(tensor) for name, tensor in tensors.items()},
+            "tensors": {name: shape_of(tensor) for name, tensor in tensors.items()},
         }
         return state, tensors
 
@@ -231,9 +237,9 @@ class Checkpoints:
             file.write(json.dumps(state))
             file.flush()
             os.fsync(file.fileno())
-        _flush(writing)
+        flush(writing)
         writing.rename(writing.with_suffix(""))
-        _flush(self.folder)
+        flush(self.folder)
         for step in self._steps()[: -self.keep]:
             old = self.folder / f"step-{step}"
             try:  # renamed first: half of it must not look like a checkpoint
@@ -254,14 +260,14 @@ class Checkpoints:
             if missing := sorted(missing - state.keys()):
                 raise ValueError(f"it lacks {missing[0]}")
         except (OSError, ValueError, AttributeError) as error:
-            raise _damaged(path / STATE, str(error)) from error
+            raise damaged(path / STATE, str(error)) from error
         if state["format"] > FORMAT:
             raise BadInput(
                 f"{path} has format {state['format']}, and this version reads up to {FORMAT}",
                 hint="pip install --upgrade gradaccum",
             )
         if _rank() == 0:
-            _check_files(path, state["files"])
+            check_files(path, state["files"])
         self._compare(path, state)
         targets: dict[str, Tensor] = {}
         for name in self.objects:
@@ -271,10 +277,10 @@ class Checkpoints:
 
     def _compare(self, path: Path, state: dict[str, Any]) -> None:
         """Name what has changed since."""
-        now = _encoded(self.settings, "settings", _refused)
+        now = encoded(self.settings, "settings", refuse)
         found = [
-            *_changes(state["settings"], now),
-            *_changes(state["kinds"], self._kinds()),
+            *changes(state["settings"], now),
+            *changes(state["kinds"], self._kinds()),
         ]
         if found and self.on_change == "refuse":
             raise BadInput(
@@ -295,23 +301,23 @@ class Checkpoints:
             each.zero_grad()  # where there are gradients, torch does not set up the state
             if there:
                 each.state.clear()
-                _encoded(get_optimizer_state_dict(self._owners[name], each), name, _collector(live))
+                encoded(get_optimizer_state_dict(self._owners[name], each), name, collector(live))
         else:
-            _encoded(self._state_of(name), name, _collector(live))
+            encoded(self._state_of(name), name, collector(live))
         if not isinstance(each, nn.Module | Optimizer):
             # Its own tensors may be of another run; only how they are sharded is taken from them.
             return {
                 key: live[key]
-                if isinstance(live.get(key), DTensor) and _shape(live[key]) == shape
+                if isinstance(live.get(key), DTensor) and shape_of(live[key]) == shape
                 else torch.empty(shape[1:], dtype=getattr(torch, shape[0]))
                 for key, shape in there.items()
             }
-        here = {key: _shape(tensor) for key, tensor in live.items()}
+        here = {key: shape_of(tensor) for key, tensor in live.items()}
         if isinstance(each, Optimizer):  # parameters that were never stepped have no state
             here = {key: shape for key, shape in here.items() if key in there}
         if here != there:
             raise BadInput(
-                f"{path} is of another {name}: {_differences(there, here)}",
+                f"{path} is of another {name}: {differences(there, here)}",
                 hint="build it as it was, or take another folder",
             )
         return {key: live[key] for key in there}
@@ -320,7 +326,7 @@ class Checkpoints:
         for name, each in self.objects.items():
             if name not in state["objects"]:
                 continue
-            tree = _decoded(state["objects"][name], targets)
+            tree = decoded(state["objects"][name], targets)
             if isinstance(each, nn.Module):
                 set_model_state_dict(each, tree)
             elif not isinstance(each, Optimizer):
@@ -363,11 +369,11 @@ def export(folder: str | os.PathLike[str], model: nn.Module) -> Path:
     `safetensors.torch.load_model` expects. A model that has `save_pretrained` is better written by
     that: it writes the configuration, too.
     """
-    _need_safetensors()
+    need_safetensors()
     from safetensors.torch import save_file
 
     stored: dict[str, Tensor] = {}
-    _encoded(dict(sorted(get_model_state_dict(model).items())), "", _collector(stored))
+    encoded(dict(sorted(get_model_state_dict(model).items())), "", collector(stored))
     whole: dict[str, Any] = get_model_state_dict(
         model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
     )
@@ -377,14 +383,14 @@ def export(folder: str | os.PathLike[str], model: nn.Module) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         aside = path.with_suffix(path.suffix + WRITING)
         seen: set[int] = set()
-        tensors = {k: _apart(v, seen) for k, v in whole.items() if f"/{k}" in stored}
+        tensors = {k: apart(v, seen) for k, v in whole.items() if f"/{k}" in stored}
         try:
             save_file(tensors, aside, metadata={"format": "pt"})
-            _flush(aside)
+            flush(aside)
             aside.replace(path)
         finally:
             aside.unlink(missing_ok=True)
-        _flush(path.parent)
+        flush(path.parent)
 
     _together(lambda: write() if _rank() == 0 else None)
     return path
@@ -455,14 +461,6 @@ def _first_of(error: CheckpointException) -> str:
     return f"rank {rank}: {_said(cause)}"
 
 
-def _need_safetensors() -> None:
-    if find_spec("safetensors") is None:
-        raise MissingExtra(
-            "checkpoints need the package 'safetensors', which is not installed",
-            hint="pip install safetensors",
-        )
-
-
 def _need_shared(path: Path) -> None:
     if not path.is_dir():
         raise BadInput(
@@ -497,205 +495,6 @@ def _owner(name: str, optimizer: Optimizer, objects: dict[str, Any]) -> nn.Modul
     )
 
 
-def _flush(path: Path) -> None:
-    """Have the disk hold what was written to a file or directory."""
-    if path.is_dir() and os.name == "nt":
-        return  # there directories cannot be opened
-    number = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)
-
-
-class _Writer(dcp.HuggingFaceStorageWriter):
-    """Write the shards of a rank from where they are in memory.
-
-    What torch 2.13 does instead copies all of them twice into the bytes of a file first, and takes
-    neither tensors that are not contiguous nor two that share their memory
-    (torch/distributed/checkpoint/filesystem.py, `_write_files_from_queue`).
-    """
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(str(path), save_distributed=True)
-
-    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        from safetensors.torch import save_file
-
-        for i, part in enumerate(_parts(plan.items)):
-            seen: set[int] = set()
-            tensors = {item.index.fqn: _apart(planner.resolve_data(item), seen) for item in part}
-            offsets = {
-                item.index.fqn: {"saved_offsets": list(item.tensor_data.chunk.offsets)}
-                for item in part
-                if item.tensor_data is not None
-            }
-            file = Path(self.path, f"rank-{_rank():05d}-{i:05d}.safetensors")
-            # This is where the reader of torch looks for what part of a tensor a shard is.
-            metadata = {"format": "pt", "DCP_SHARDING_INFO": json.dumps(offsets)}
-            save_file(tensors, file, metadata=metadata)
-            _flush(file)
-        done: Future[list[WriteResult]] = Future()
-        done.set_result([])
-        return done
-
-
-def _parts(items: list[WriteItem]) -> Iterator[list[WriteItem]]:
-    """Cut what a rank writes into files: so much is on the host at once, and no name twice."""
-    part: dict[str, WriteItem] = {}
-    filled = 0
-    for item in items:
-        data = item.tensor_data
-        size = data.chunk.sizes.numel() * data.properties.dtype.itemsize if data else 0
-        if part and (filled + size > FILE_BYTES or item.index.fqn in part):
-            yield list(part.values())
-            part, filled = {}, 0
-        part[item.index.fqn] = item
-        filled += size
-    if part:
-        yield list(part.values())
-
-
-def _apart(tensor: Any, seen: set[int]) -> Tensor:
-    """Return a tensor on the host that has its memory for itself; note whose memory was seen."""
-    whole = tensor.detach().cpu().contiguous()
-    memory = whole.untyped_storage()
-    if memory.nbytes() != whole.nbytes or memory._cdata in seen:
-        return whole.clone()
-    seen.add(memory._cdata)
-    return whole
-
-
-def _write(tensors: dict[str, Tensor], path: Path) -> None:
-    """Let each rank write its shards; of what several ranks have, one of them."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")
-        if tensors:
-            dcp.save(dict(tensors), storage_writer=_Writer(path))
-
-
-def _load(targets: dict[str, Tensor], path: Path) -> None:
-    """Read each rank's part of the tensors, in place."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")
-        if targets:
-            dcp.load(dict(targets), storage_reader=dcp.HuggingFaceStorageReader(str(path)))
-
-
-def _check_files(path: Path, files: dict[str, int]) -> None:
-    """Refuse files that are not there, not as long as they were, or without a header."""
-    from safetensors import SafetensorError, safe_open
-
-    for file in path.glob("*.safetensors"):
-        if file.name not in files:
-            raise _damaged(file, "it was not written with the others")
-    for name, num_bytes in files.items():
-        file = path / name
-        try:
-            there = file.stat().st_size
-            if there != num_bytes:
-                raise ValueError(f"it has {there:,} bytes and was written with {num_bytes:,}")
-            with safe_open(file, framework="pt"):
-                pass
-        except (OSError, ValueError, SafetensorError) as error:
-            raise _damaged(file, str(error)) from error
-
-
-def _damaged(path: Path, why: str) -> BadInput:
-    step = path if path.name.startswith("step-") else path.parent
-    return BadInput(f"{path} is damaged: {why}", hint=f"remove {step} to use the one before it")
-
-
-def _shape(tensor: Tensor) -> list[Any]:
-    return [str(tensor.dtype).removeprefix("torch."), *tensor.shape]
-
-
-def _collector(tensors: dict[str, Tensor]) -> Put:
-    """Return a function that takes tensors in under their names, each memory once."""
-    names: dict[Any, str] = {}
-
-    def put(path: str, tensor: Tensor) -> dict[str, str]:
-        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-        if local.layout is not torch.strided or type(local) not in (Tensor, nn.Parameter):
-            kind = f"{type(local).__name__} ({local.layout})"
-            raise BadInput(f"{path} is a {kind}, which safetensors cannot hold")
-        # Shards may be empty, and all of these have the address 0; a storage is itself.
-        memory = (local.untyped_storage()._cdata, local.storage_offset(), local.dtype)
-        name = names.setdefault((*memory, local.shape, local.stride()), path)
-        if name == path and tensors.setdefault(path, tensor) is not tensor:
-            raise BadInput(f"two tensors are called {path}")
-        return {"$tensor": name}
-
-    return put
-
-
-def _inline(path: str, tensor: Tensor) -> dict[str, str]:
-    return {"$uint8": base64.b64encode(bytes(tensor.tolist())).decode()}
-
-
-def _refused(path: str, tensor: Tensor) -> Any:
-    raise BadInput(f"{path} is a tensor", hint="settings are plain values: numbers, text, lists")
-
-
-def _encoded(tree: Any, path: str, put: Put) -> Any:
-    """Return a tree as JSON has it, with what `put` returns for its tensors.
-
-    Raises:
-        BadInput: It holds something else than dicts, lists, tuples, numbers, text and tensors.
-    """
-    if tree is None or isinstance(tree, bool | int | float | str):
-        return tree
-    if isinstance(tree, Tensor):
-        return put(path, tree)
-    if isinstance(tree, Mapping):
-        items = {key: _encoded(value, f"{path}/{key}", put) for key, value in tree.items()}
-        if type(tree) is Counter:  # milestones of schedulers
-            return {"$counter": [[_encoded(key, path, put), n] for key, n in items.items()]}
-        if all(isinstance(key, str) and not key.startswith("$") for key in items):
-            return items
-        return {"$dict": [[_encoded(key, path, put), value] for key, value in items.items()]}
-    if isinstance(tree, list | tuple):
-        values = [_encoded(value, f"{path}/{i}", put) for i, value in enumerate(tree)]
-        return values if isinstance(tree, list) else {"$tuple": values}
-    if isinstance(tree, bytes):
-        return {"$bytes": base64.b64encode(tree).decode()}
-    numpy = sys.modules.get("numpy")
-    if numpy and isinstance(tree, numpy.generic):
-        return _encoded(tree.item(), path, put)
-    if numpy and isinstance(tree, numpy.ndarray):
-        return {"$array": [tree.dtype.str, _encoded(tree.tolist(), path, put)]}
-    raise BadInput(
-        f"{path} is a {type(tree).__name__}, which is not stored: reading it would run code",
-        hint="let state_dict return dicts, lists, tuples, numbers, text and tensors",
-    )
-
-
-def _decoded(node: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """Undo `_encoded`."""
-    if isinstance(node, list):
-        return [_decoded(value, tensors) for value in node]
-    if not isinstance(node, dict):
-        return node
-    match node:
-        case {"$tensor": name}:
-            return tensors[name]
-        case {"$tuple": values}:
-            return tuple(_decoded(values, tensors))
-        case {"$dict": pairs}:
-            return {_decoded(key, tensors): _decoded(value, tensors) for key, value in pairs}
-        case {"$counter": pairs}:
-            return Counter({_decoded(key, tensors): count for key, count in pairs})
-        case {"$bytes": text}:
-            return base64.b64decode(text)
-        case {"$uint8": text}:
-            return torch.tensor(list(base64.b64decode(text)), dtype=torch.uint8)
-        case {"$array": [dtype, values]}:
-            import numpy
-
-            return numpy.array(_decoded(values, tensors), dtype=dtype)
-    return {key: _decoded(value, tensors) for key, value in node.items()}
-
-
 def _restore_random(saved: list[Any]) -> str:
     """Draw on from where each rank was; return what was not possible."""
     notes, state = [], saved[_rank() % len(saved)]
@@ -711,7 +510,7 @@ def _restore_random(saved: list[Any]) -> str:
             )
         state = common
     present = Random()
-    found = _decoded(state, {})
+    found = decoded(state, {})
     if len(found.get("_devices", present._devices)) != len(present._devices):
         notes.append("has the random state of other accelerators, which is not restored")
         found.pop("_devices", None)
@@ -727,36 +526,3 @@ def _seed(seed: int) -> None:
     torch.manual_seed(seed)
     if numpy := sys.modules.get("numpy"):
         numpy.random.seed(seed % 2**32)
-
-
-def _changes(before: Any, now: Any, name: str = "") -> list[str]:
-    """Return "seed was 0, is 1" for every value that differs."""
-    if before == now:
-        return []
-    if not (isinstance(before, dict) and isinstance(now, dict)):
-        return [f"{name} was {_decoded(before, {})!r}, is {_decoded(now, {})!r}"]
-    found = []
-    for key in [*before, *(key for key in now if key not in before)]:
-        inner = f"{name}.{key}" if name else key
-        if key not in now:
-            found.append(f"{inner} was {_decoded(before[key], {})!r}, is not given")
-        elif key not in before:
-            found.append(f"{inner} was not given, is {_decoded(now[key], {})!r}")
-        else:
-            found += _changes(before[key], now[key], inner)
-    return found
-
-
-def _differences(there: dict[str, Any], here: dict[str, Any], limit: int = 3) -> str:
-    """Name the first tensors that are not the same."""
-
-    def text(key: str) -> str:
-        name = key.partition("/")[2]
-        if key not in here or key not in there:
-            return f"{name} is only {'in the checkpoint' if key in there else 'here'}"
-        (dtype, *shape), (own, *size) = there[key], here[key]
-        return f"{name} is {dtype} {shape} in the checkpoint and {own} {size} here"
-
-    found = [text(key) for key in sorted(there | here) if there.get(key) != here.get(key)]
-    more = f"; and {len(found) - limit} more" if len(found) > limit else ""
-    return "; ".join(found[:limit]) + more

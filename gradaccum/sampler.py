@@ -10,27 +10,36 @@
 
 Here are the order of the examples, the shares, and the position in the data that a checkpoint
 keeps. Nothing here communicates: every rank computes the same from the same arguments, which
-therefore have to be the same on all ranks but for `rank`. How a share is cut into micro-batches is
+therefore have to be the same on all ranks but for `rank`. Data without length or random access is
+`stream.py`, who gets what of a batch `dealing.py`, and how a share is cut into micro-batches
 `split.py`.
 """
 
 import bisect
-import heapq
-import math
-import os
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
-from itertools import islice
+from collections.abc import Callable, Iterator, Sequence, Sized
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import IterableDataset, Sampler, get_worker_info
+from torch.utils.data import Sampler
 
+from gradaccum.dealing import (
+    MASK,
+    deal,
+    flag,
+    hashes,
+    mixed,
+    number,
+    numbers,
+    relative,
+    shifted,
+    standing,
+    upto,
+    whole,
+)
 from gradaccum.errors import BadInput
 from gradaccum.types import counted
 
-MASK = 2**64 - 1
-GAMMA = 0x9E3779B97F4A7C15
 ORDER, COPIES = 0, 1  # what a hash is for: the two do not depend on each other
 
 
@@ -116,14 +125,14 @@ class EffectiveBatchSampler(Sampler[list[int]]):
     ) -> None:
         # Not super().__init__(): beside a sampler of another framework it would be that one's.
         num = len(data) if isinstance(data, Sized) else data
-        self.num_examples = _whole("the number of examples", num, 1)
-        self.effective_batch_size = _whole("effective_batch_size", effective_batch_size, 1)
-        self.seed, self.shuffle = _whole("seed", seed, None), _flag("shuffle", shuffle)
-        self.drop_last = _flag("drop_last", drop_last)
-        self.rank, self.world = _standing(rank, world)
+        self.num_examples = whole("the number of examples", num, 1)
+        self.effective_batch_size = whole("effective_batch_size", effective_batch_size, 1)
+        self.seed, self.shuffle = whole("seed", seed, None), flag("shuffle", shuffle)
+        self.drop_last = flag("drop_last", drop_last)
+        self.rank, self.world = standing(rank, world)
         self._ask = costs if callable(costs) else None
-        self._costs = None if callable(costs) or costs is None else _numbers("costs", costs, num)
-        self._speeds = [(0, _relative(speeds, self.world))]
+        self._costs = None if callable(costs) or costs is None else numbers("costs", costs, num)
+        self._speeds = [(0, relative(speeds, self.world))]
         self._weigh(weights)
         self._history = [Part(self.seed, self.shuffle, 0)]
         self._lengths: dict[int, int] = {}  # of epochs, where they differ
@@ -139,11 +148,11 @@ class EffectiveBatchSampler(Sampler[list[int]]):
         self._fraction = self._copies = self._digest = None
         least, expected = self.num_examples, float(self.num_examples)
         if weights is not None:
-            given = _numbers("weights", weights, self.num_examples)
+            given = numbers("weights", weights, self.num_examples)
             self._copies = given.floor().long()
             self._fraction = given - self._copies
-            keys = _keys(_upto(len(given)), COPIES)
-            self._digest = f"{int(_mixed(given.view(torch.int64) ^ keys).sum()) & MASK:016x}"
+            keys = hashes(upto(len(given)), COPIES)
+            self._digest = f"{int(mixed(given.view(torch.int64) ^ keys).sum()) & MASK:016x}"
             least, expected = int(self._copies.sum()), float(given.sum())
             self._fraction = self._fraction if bool(self._fraction.any()) else None
         self._least = least  # the length of every epoch, or what the fractions add to
@@ -183,14 +192,14 @@ class EffectiveBatchSampler(Sampler[list[int]]):
 
     def batch(self, consumed: int) -> list[int]:
         """Return the indices of the effective batch that begins after that many examples."""
-        return self._batch(self._locate(_whole("consumed", consumed, 0))).tolist()
+        return self._batch(self._locate(whole("consumed", consumed, 0))).tolist()
 
     def shares(self, consumed: int) -> list[list[int]]:
         """Return every rank's share of the effective batch that begins after that many examples.
 
         Shares are sorted by cost, the largest first: the order in which `split` runs them.
         """
-        return self._shares(self._locate(_whole("consumed", consumed, 0)))
+        return self._shares(self._locate(whole("consumed", consumed, 0)))
 
     def commit(self) -> None:
         """Count the effective batch at the position as consumed: after `optimizer.step()`.
@@ -212,7 +221,7 @@ class EffectiveBatchSampler(Sampler[list[int]]):
         Frameworks call this with a count of their own, which begins at 0 after a restart. It moves
         a sampler only while nothing was ever committed or loaded; otherwise it does nothing.
         """
-        _whole("epoch", epoch, 0)
+        whole("epoch", epoch, 0)
         is_over = self._pass is not None and self._pass.is_over
         if self._is_committed or self._is_loaded or (epoch == self.epoch and not is_over):
             return
@@ -243,11 +252,11 @@ class EffectiveBatchSampler(Sampler[list[int]]):
         Raises:
             BadInput: A number is wrong, or the batch at that position has already been read.
         """
-        given = _relative(speeds, self.world)
+        given = relative(speeds, self.world)
         place = self._place
-        for _ in range(_whole("ahead", ahead, 0)):
+        for _ in range(whole("ahead", ahead, 0)):
             place = self._next(place)
-        begin = place.at if at is None else _whole("at", at, 0)
+        begin = place.at if at is None else whole("at", at, 0)
         if begin < max(self._read, self._place.at):
             raise BadInput(
                 f"speeds would hold from {begin:,} examples on, and {self._read:,} have already "
@@ -369,8 +378,8 @@ class EffectiveBatchSampler(Sampler[list[int]]):
         if self._fraction is None:
             return self._copies
         seed = self._ruling(begin).seed
-        keys = _keys(_upto(self.num_examples), COPIES, seed, epoch)
-        return self._copies + (_shifted(keys, 11) * 2.0**-53 < self._fraction)
+        keys = hashes(upto(self.num_examples), COPIES, seed, epoch)
+        return self._copies + (shifted(keys, 11) * 2.0**-53 < self._fraction)
 
     def _ruling(self, at: int) -> Part:
         return next(part for part in reversed(self._history) if part.begin <= at)
@@ -381,17 +390,17 @@ class EffectiveBatchSampler(Sampler[list[int]]):
         Where the order was changed inside the epoch, what was left then is sorted anew.
         """
         if self._cached is None or self._cached[0][:2] != place[:2]:
-            ids = _upto(self.num_examples)  # of copies: copy * num_examples + index
+            ids = upto(self.num_examples)  # of copies: copy * num_examples + index
             if self._copies is not None:
                 num = self._num_copies(place.epoch, place.begin)
                 index = ids.repeat_interleave(num)
-                copy = _upto(len(index)) - (num.cumsum(0) - num)[index]
+                copy = upto(len(index)) - (num.cumsum(0) - num)[index]
                 ids = copy * self.num_examples + index
             changes = [part for part in self._history if place.begin < part.begin < place.end]
             for seed, shuffle, at in (self._ruling(place.begin), *changes):
                 done = max(at - place.begin, 0)
                 rest = ids[done:]
-                keys = _keys(rest, ORDER, seed, place.epoch) if shuffle else rest
+                keys = hashes(rest, ORDER, seed, place.epoch) if shuffle else rest
                 ids = torch.cat([ids[:done], rest[keys.argsort(stable=True)]])
             self._cached = place, ids % self.num_examples
         return self._cached[1]
@@ -404,7 +413,7 @@ class EffectiveBatchSampler(Sampler[list[int]]):
         batch = self._batch(place)
         indices = batch.tolist()
         if self._ask is not None:
-            costs = [_cost(f"the cost of example {i}", self._ask(i)) for i in indices]
+            costs = [number(f"the cost of example {i}", self._ask(i)) for i in indices]
         else:
             costs = [1.0] * len(indices) if self._costs is None else self._costs[batch].tolist()
         current = bisect.bisect_right(self._speeds, place.at, key=lambda entry: entry[0]) - 1
@@ -460,388 +469,3 @@ class _Pass(Iterator[list[int]]):
         self._begin()
         if state["is_over"]:
             self.end = self.at
-
-
-class EffectiveBatchStream(IterableDataset[list[Any]]):
-    """Yield this rank's share of each effective batch of a stream, as a list of examples.
-
-        loader = DataLoader(EffectiveBatchStream(data, 256, cost=len), batch_size=None)
-
-    For data without length or random access. Every rank reads all of the stream in the same order
-    and keeps its share, so that the batches are the same on any number of ranks, and `world` and
-    the size may change at any step. So does every worker of a loader, which yields each n-th
-    batch: workers save what is done to an example after it is read, not the reading.
-
-    `commit()`, the position and `set_epoch()` are as in `EffectiveBatchSampler`, but that a pass
-    which nobody commits begins anew. Data that has a `set_epoch()` is told which pass it is. The
-    examples before the position are read again; in the first pass the data's own `skip(n)` does it.
-
-    With `is_sharded` each rank has a stream of its own (`datasets.distributed.
-    split_dataset_by_node`) and takes `effective_batch_size // world` examples of it a step, the
-    first ranks one more where there is a remainder. What then no longer holds: another number of
-    ranks gives other batches, and the position cannot be carried over to it; shares are not
-    balanced; ranks whose streams end early yield shorter and then empty lists, and what is left
-    of longer streams after `num_batches` is not read. No rank can know of another's end without
-    communication, which is why their number has to be given.
-
-    Args:
-        data: An iterable that begins anew with each `iter()`. It must not divide itself among the
-            workers of a loader; those of `datasets` do and are refused with more than one worker.
-        effective_batch_size: Examples of one optimizer step, on all ranks.
-        cost: What an example costs to compute. None: all the same.
-        drop_last: Leave out what does not fill an effective batch at the end.
-        rank: As in `EffectiveBatchSampler`.
-        world: As in `EffectiveBatchSampler`.
-        speeds: As in `EffectiveBatchSampler`.
-        is_sharded: `data` has the examples of this rank alone.
-        num_batches: With `is_sharded`: the effective batches of a pass, the same on all ranks.
-
-    Raises:
-        BadInput: An argument is wrong.
-
-    Example:
-        >>> stream = EffectiveBatchStream(["aa", "b", "cccc"], 2, cost=len, rank=0, world=2)
-        >>> list(stream)
-        [['aa'], ['cccc']]
-    """
-
-    def __init__(
-        self,
-        data: Iterable[Any],
-        effective_batch_size: int,
-        *,
-        cost: Callable[[Any], float] | None = None,
-        drop_last: bool = False,
-        rank: int | None = None,
-        world: int | None = None,
-        speeds: Sequence[float] | None = None,
-        is_sharded: bool = False,
-        num_batches: int | None = None,
-    ) -> None:
-        self.data, self.cost = data, cost
-        size = _whole("effective_batch_size", effective_batch_size, 1)
-        self.effective_batch_size = size
-        self.drop_last = _flag("drop_last", drop_last)
-        self.is_sharded = _flag("is_sharded", is_sharded)
-        self.rank, self.world = _standing(rank, world)
-        self.speeds = _relative(speeds, self.world)
-        if isinstance(data, Iterator):
-            raise BadInput(f"{type(data).__name__} can be read only once", hint="pass an iterable")
-        if is_sharded and (drop_last or cost is not None or speeds is not None):
-            raise BadInput(
-                "is_sharded=True takes no cost, speeds or drop_last: examples cannot move between "
-                "ranks, which do not know of each other's end"
-            )
-        if is_sharded != (num_batches is not None):
-            raise BadInput(
-                f"is_sharded={is_sharded} and num_batches={num_batches}",
-                hint="ranks that read streams of their own need a number at which all of them end, "
-                "and only they do",
-            )
-        self.num_batches = None if num_batches is None else _whole("num_batches", num_batches, 1)
-        self._parts = [size]  # of one stream, or of each rank's
-        if is_sharded:
-            self._parts = [size // self.world + (r < size % self.world) for r in range(self.world)]
-        self._own = self.rank if is_sharded else 0
-        self._taken = [0] * len(self._parts)
-        self._num_taken = self._epoch = 0
-        self._is_kept = False
-        self._reader = 0  # the worker process that has read this copy
-        # The pass that a reader has read to its end, and where that is: in memory that is shared
-        # with the workers of a loader, since they are the ones who read.
-        self._ended = torch.full((2,), -1, device="cpu").share_memory_()
-
-    @property
-    def consumed(self) -> int:
-        """Return the examples of the pass that have been consumed."""
-        self._roll()
-        return sum(self._taken)
-
-    @property
-    def epoch(self) -> int:
-        """Return the number of passes that have been committed to their end."""
-        self._roll()
-        return self._epoch
-
-    def __iter__(self) -> "Iterator[list[Any]]":
-        return _Reading(self)
-
-    def commit(self) -> None:
-        """Count the next effective batch as consumed: after `optimizer.step()`."""
-        self._roll()
-        self._taken = [n + part for n, part in zip(self._taken, self._parts, strict=True)]
-        self._num_taken += 1
-        self._is_kept = True
-
-    def set_epoch(self, epoch: int) -> None:
-        """Set the pass, unless `commit()` keeps it; the data's own `set_epoch` is told of it."""
-        _whole("epoch", epoch, 0)
-        if not self._is_kept:
-            self._epoch = epoch
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the position: examples consumed of the pass, and which pass it is."""
-        self._roll()
-        state = {
-            "consumed": sum(self._taken),
-            "epoch": self._epoch,
-            "is_committed": self._is_kept,
-        }
-        if self.is_sharded:
-            state |= {"shards": list(self._taken), "batches": self._num_taken}
-        return state
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where a state was taken, on any number of ranks but with `is_sharded`.
-
-        Raises:
-            BadInput: The state is of streams that were sharded otherwise.
-        """
-        try:
-            taken = [int(n) for n in state.get("shards", [state["consumed"]])]
-            epoch, num_taken = int(state["epoch"]), int(state.get("batches", 0))
-            if min(*taken, epoch, num_taken) < 0:
-                raise ValueError(f"{state}")
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise BadInput(f"this is not the state of an EffectiveBatchStream: {error}") from error
-        if len(taken) != len(self._parts) or ("shards" in state) != self.is_sharded:
-            raise BadInput(
-                f"the state is of {_streams(len(taken), 'shards' in state)}, and this is one of "
-                f"{_streams(len(self._parts), self.is_sharded)}",
-                hint="streams that are sharded by rank resume on as many ranks",
-            )
-        self._taken, self._epoch, self._num_taken = taken, epoch, num_taken
-        self._ended.fill_(-1)
-        self._is_kept = bool(state.get("is_committed", True))
-
-    def _roll(self) -> None:
-        """Begin the next pass where one is committed to its end: beyond it, if that was short."""
-        epoch, end = self._ended.tolist()
-        is_read = epoch == self._epoch and self._taken[0] >= end
-        if any(self._taken) and (self._num_taken == self.num_batches or is_read):
-            self._taken = [0] * len(self._parts)
-            self._num_taken = 0
-            self._epoch += 1
-
-
-class _Reading(Iterator[list[Any]]):
-    """Read a stream from its position on; one worker of n yields each n-th effective batch."""
-
-    def __init__(self, stream: EffectiveBatchStream) -> None:
-        worker = get_worker_info()
-        self._stream = stream
-        self._worker, self._num_workers = (worker.id, worker.num_workers) if worker else (0, 1)
-        self._refusal: BadInput | None = None  # raised by next(): here it would kill the worker
-        if self._num_workers > 1 and getattr(stream.data, "num_shards", None) is not None:
-            self._refusal = BadInput(
-                f"{type(stream.data).__name__} divides its examples among the workers of a loader "
-                f"({self._num_workers}), and an effective batch needs all of them",
-                hint="num_workers=1, or 0",
-            )
-        if worker and stream._reader == os.getpid():
-            self._refusal = BadInput(
-                "a persistent worker does not learn where the next pass of a stream begins",
-                hint="persistent_workers=False",
-            )
-        stream._reader = os.getpid() if worker else 0
-        stream._roll()
-        self._open(stream._taken[stream._own], stream._num_taken)
-
-    def _open(self, begin: int, turn: int) -> None:
-        stream, data, left = self._stream, self._stream.data, begin
-        skip, set_epoch = (getattr(data, name, None) for name in ("skip", "set_epoch"))
-        if set_epoch is not None and (stream._is_kept or stream._epoch):
-            set_epoch(stream._epoch)
-        # That of `datasets` skips before it divides the data among ranks, and then no longer
-        # shuffles by epoch: a state would be of other examples.
-        if begin and skip and not (stream.is_sharded or (set_epoch and stream._epoch)):
-            data, left = skip(begin), 0
-        self._source = islice(iter(data), left, None)
-        self._at = begin
-        self._turn = self._first = turn
-
-    def __next__(self) -> list[Any]:
-        if self._refusal is not None:
-            raise self._refusal
-        stream = self._stream
-        size = stream._parts[stream._own]
-        while self._turn != stream.num_batches:
-            rows = list(islice(self._source, size))
-            if not stream.is_sharded and len(rows) < size:
-                rows = [] if stream.drop_last else rows
-                stream._ended[1] = self._at + len(rows)
-                stream._ended[0] = stream._epoch
-                if not rows:
-                    break
-            is_own = (self._turn - self._first) % self._num_workers == self._worker
-            self._at += len(rows)
-            self._turn += 1
-            if is_own:
-                return rows if stream.is_sharded else self._share(rows)
-        raise StopIteration
-
-    def _share(self, rows: list[Any]) -> list[Any]:
-        stream = self._stream
-        cost = stream.cost or (lambda row: 1.0)
-        costs = [_cost("the cost of an example", cost(row)) for row in rows]
-        return [rows[i] for i in deal(costs, stream.world, stream.speeds)[stream.rank]]
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return what torchdata's StatefulDataLoader saves of each worker: how far it has read."""
-        size = self._stream.effective_batch_size
-        return {"at": self._at, "turn": self._turn, "first": self._first, "size": size}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        if state["size"] != self._stream.effective_batch_size:
-            raise BadInput(
-                f"the loader was saved with effective batches of {state['size']:,} examples, and "
-                f"this stream has {self._stream.effective_batch_size:,}",
-                hint="to change the size, resume from the stream's own state and a new loader",
-            )
-        self._open(state["at"], state["turn"])
-        self._first = state["first"]
-
-
-def deal(
-    costs: Sequence[float], world: int, speeds: Sequence[float] | None = None
-) -> list[list[int]]:
-    """Deal positions to ranks so that the most expensive share is cheap: longest first.
-
-        for the most expensive left: to the rank that would be done with it first
-
-    Graham's LPT rule: with equal speeds the largest share is below 4/3 of the best possible. Ties
-    go by position, then to whoever has fewer, then by rank. Takes time for each example and each
-    distinct speed.
-
-    Args:
-        costs: Of each position.
-        world: Number of ranks.
-        speeds: Relative speed of each rank; None: all the same.
-
-    Returns:
-        For each rank its positions, the most expensive first.
-
-    Example:
-        >>> deal([5, 1, 4, 2], 2)
-        [[0, 1], [2, 3]]
-        >>> deal([5, 1, 4, 2], 2, [3.0, 1.0])
-        [[0, 2], [3, 1]]
-    """
-    dealt: list[list[int]] = [[] for _ in range(world)]
-    kinds: dict[float, list[tuple[float, int, int]]] = {}  # heaps of (load, number, rank) by speed
-    for rank, speed in enumerate(speeds or [1.0] * world):
-        kinds.setdefault(speed, []).append((0.0, 0, rank))
-    heap = next(iter(kinds.values()))
-    for i in sorted(range(len(costs)), key=costs.__getitem__, reverse=True):
-        cost = costs[i]
-        if len(kinds) > 1:
-            heap = min(
-                kinds.items(), key=lambda kind: ((kind[1][0][0] + cost) / kind[0], kind[1][0][1:])
-            )[1]
-        load, num, rank = heap[0]
-        heapq.heapreplace(heap, (load + cost, num + 1, rank))
-        dealt[rank].append(i)
-    return dealt
-
-
-def _keys(ids: Tensor, *words: int) -> Tensor:
-    """Return a hash of each id and the words, int64: the same on every platform and version.
-
-    splitmix64 (Steele, Lea and Flood 2014, https://doi.org/10.1145/2660193.2660195): its state
-    begins at a hash of the words and advances by GAMMA with each id. int64 wraps around.
-    """
-    state = torch.zeros((), dtype=torch.int64, device="cpu")
-    for word in words:
-        state = _mixed(state + _signed(GAMMA) ^ _signed(word))
-    return _mixed(state + (ids + 1) * _signed(GAMMA))
-
-
-def _mixed(z: Tensor) -> Tensor:
-    for by, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        z = (z ^ _shifted(z, by)) * _signed(factor)
-    return z ^ _shifted(z, 31)
-
-
-def _shifted(z: Tensor, by: int) -> Tensor:
-    return (z >> by) & ((1 << (64 - by)) - 1)  # int64 shifts the sign in
-
-
-def _upto(num: int) -> Tensor:
-    return torch.arange(num, device="cpu")  # a default device is of no use here
-
-
-def _signed(word: int) -> int:
-    word &= MASK
-    return word - (1 << 64) if word >> 63 else word
-
-
-def _whole(name: str, value: Any, least: int | None) -> int:
-    if type(value) is not int or (least is not None and value < least):
-        bound = "" if least is None else f" of at least {least}"
-        raise BadInput(f"{name} is {value!r:.60}, not a whole number{bound}")
-    return value
-
-
-def _flag(name: str, value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise BadInput(f"{name} is {value!r:.60}, not True or False")
-    return value
-
-
-def _numbers(name: str, values: Any, num: int) -> Tensor:
-    """Return a copy in float64, checked: one finite number of at least 0 for each example."""
-    try:
-        # [:] makes a list of a column of `datasets`, whose items are slow one by one.
-        found = torch.as_tensor(values[:], dtype=torch.float64, device="cpu") + 0.0  # no -0.0
-    except (IndexError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise BadInput(f"{name} is {values!r:.60}, not a number for each example") from error
-    if found.shape != (num,):
-        raise BadInput(f"{name} has shape {tuple(found.shape)}, and there are {num:,} examples")
-    wrong = ~(found.isfinite() & (found >= 0))
-    if bool(wrong.any()):
-        at = int(wrong.nonzero()[0])
-        raise BadInput(f"{name}[{at}] is {float(found[at])}, not a finite number of at least 0")
-    return found
-
-
-def _cost(name: str, value: Any) -> float:
-    try:
-        cost = float(value)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise BadInput(f"{name} is {value!r:.60}, not a number") from error
-    if not (math.isfinite(cost) and cost >= 0):
-        raise BadInput(f"{name} is {cost}, not a finite number of at least 0")
-    return cost
-
-
-def _relative(speeds: Any, world: int) -> list[float] | None:
-    if speeds is None:
-        return None
-    found = _numbers("speeds", speeds, world).tolist()
-    if min(found) <= 0:
-        raise BadInput(f"speeds[{found.index(min(found))}] is 0, not above 0")
-    # Whole percents of the fastest, as good as any measurement: few distinct speeds are fast.
-    return [max(round(speed / max(found), 2), 0.01) for speed in found]
-
-
-def _standing(rank: int | None, world: int | None) -> tuple[int, int]:
-    if (rank is None) != (world is None):
-        raise BadInput(f"{rank=} and {world=}: give both or neither")
-    if rank is None or world is None:
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            return torch.distributed.get_rank(), torch.distributed.get_world_size()
-        found = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
-        try:
-            rank, world = (int(text) for text in found)
-        except ValueError as error:
-            raise BadInput(
-                f"the environment has RANK={found[0]} and WORLD_SIZE={found[1]}"
-            ) from error
-    _whole("world", world, 1)
-    if _whole("rank", rank, 0) >= world:
-        raise BadInput(f"rank is {rank}, and there are {world} ranks, from 0 on")
-    return rank, world
-
-
-def _streams(num: int, is_sharded: bool) -> str:
-    return f"{num} streams, sharded by rank" if is_sharded else "one stream"

@@ -299,6 +299,64 @@ def test_a_gpu_is_planned_for_without_one():
     assert same.peak_bytes > on_cpu.options[0].peak_bytes
 
 
+def test_replicas_take_a_share_each_and_a_bucket():
+    alone = gradaccum.plan(CONFIG, effective_batch=8, memory="8GiB", lengths=64)
+    four = gradaccum.plan(CONFIG, effective_batch=30, memory="8GiB", lengths=64, ranks=4)
+    held = 4 * LlamaForCausalLM(CONFIG).num_parameters()  # less than a bucket
+    pairs = list(zip(alone.options, four.options, strict=True))
+    for one, each in pairs:
+        assert one.budget == each.budget and each.sync is None
+        if one.num_micros > 1:  # the whole at once finds no gradients, where it is confirmed
+            # Where the optimizer's step takes most, the bucket does not add to it.
+            assert 0 <= each.peak_bytes - one.peak_bytes <= held
+    assert max(each.peak_bytes - one.peak_bytes for one, each in pairs[:-1]) == held
+    assert str(four).startswith("effective batch 30 on 4 ranks of 8.0 GiB: ")
+    assert str(four.spread) == "4 replicas" and four.spread.micro_bytes == 0
+    assert four.spread.step_bytes == pytest.approx(2 * held * 3 / 4)
+
+
+def test_shards_are_gathered_and_reduced_as_memory_allows():
+    deep = LlamaConfig(vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=8,
+                       num_attention_heads=4, num_key_value_heads=2)  # fmt: skip
+
+    def planned(memory, **how):
+        given = {"memory": memory, "lengths": 64, "optimizer": "sgd", "checkpointing": False}
+        return gradaccum.plan(deep, effective_batch=32, **given, **how)
+
+    large = planned("8GiB", ranks=8, shard_ranks=8)
+    least = {}
+    for option in large.options:
+        least.setdefault(option.sync, option)  # the smallest micro-batch
+    assert list(least) == ["hold", "once", "each"]
+    num = 4 * LlamaForCausalLM(deep).num_parameters()
+    parts = {sync: option.categories for sync, option in least.items()}
+    assert parts["each"]["gradients"] == pytest.approx(num / 8, rel=1e-3)
+    assert parts["once"]["gradients"] == parts["hold"]["gradients"] == num
+    assert parts["hold"]["parameters"] == pytest.approx(num * 9 / 8, rel=1e-3)
+    assert parts["once"]["parameters"] == parts["each"]["parameters"] < parts["hold"]["parameters"]
+    sums = [option.peak_bytes for option in least.values()]
+    assert sums == sorted(sums, reverse=True)
+    # Memory for one way alone: nothing but that fits.
+    tight = planned(int(1.02 * sums[2] + 3 * MIB), ranks=8, shard_ranks=8)
+    assert tight.chosen.sync == "each" and not any(
+        o.fits for o in tight.options if o.sync == "hold"
+    )
+    two = planned("8GiB", ranks=8, shard_ranks=4)
+    assert "sharded over 4 ranks, 2 copies" in str(two.spread)
+    assert two.spread.step_bytes > large.spread.step_bytes == 0
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "said"),
+    [({"ranks": 0}, "ranks=0 is not a whole number of at least 1"),
+     ({"ranks": 8, "shard_ranks": 3}, "8 ranks cannot hold copies of the model on 3 ranks each"),
+     ({"ranks": True}, "ranks=True")],
+)  # fmt: skip
+def test_ranks_that_make_no_sense(kwargs, said):
+    with pytest.raises(BadInput, match=said):
+        gradaccum.plan(CONFIG, effective_batch=8, memory="8GiB", **kwargs)
+
+
 @pytest.mark.parametrize(
     ("kwargs", "said"),
     [({"effective_batch": 0}, "effective_batch"), ({"effective_batch": 2.5}, "effective_batch"),
@@ -372,6 +430,23 @@ def test_a_target_that_does_not_divide_is_told_both_ways(command, config_file):
     found = json.loads(done.stdout)
     assert found["effective_batch"] == 31 and found["chosen"]["fits"]
     assert sum(found["chosen"]["categories"].values()) == found["chosen"]["peak_bytes"]
+
+
+def test_ranks_are_planned_for(command, config_file):
+    words = [f"--model_name_or_path={config_file}", "--max_length=64", "--memory=1GiB"]
+    many = ["--ranks=8", "--shard_ranks=4"]
+    done = command(*words, "--effective_batch_size=64", *many)
+    assert done.returncode == 0, done.stderr
+    assert "effective batch 64 on 8 ranks of 1.0 GiB" in done.stdout
+    assert "sharded over 4 ranks, 2 copies" in done.stdout and 'sync="' in done.stdout
+    told = json.loads(command(*words, "--effective_batch_size=64", *many, "--json").stdout)
+    assert (told["ranks"], told["shard_ranks"]) == (8, 4) and told["sent_bytes"]["step"] > 0
+    done = command(*words, "--effective_batch_size=61", "--ranks=8")
+    assert "torchrun --nproc-per-node 8 -m gradaccum train" in done.stdout
+    assert "61 is no multiple of" in done.stdout and "x 8 ranks" in done.stdout
+    assert "TrainingArguments" not in done.stdout  # no stock arguments give 61 on 8 ranks
+    assert command(*words, "--ranks=8", "--shard_ranks=3").returncode == 2
+    assert command(*words, "--ranks=two").returncode == 2
 
 
 def test_a_four_bit_base_is_planned_for_a_gpu(command, config_file):

@@ -16,8 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from gradaccum.dealing import deal
 from gradaccum.errors import BadInput
-from gradaccum.sampler import EffectiveBatchSampler, EffectiveBatchStream, deal
+from gradaccum.sampler import EffectiveBatchSampler
+from gradaccum.stream import EffectiveBatchStream
 
 MASK = 2**64 - 1
 pytestmark = [

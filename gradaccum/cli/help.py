@@ -110,7 +110,8 @@ exit codes: 0 exact, 1 not exact, 2 not judged: wrong flags, function or data, o
 """
 
 PLAN = """\
-usage: gradaccum plan [flags of train] [--memory 24GiB] [--device cpu|cuda] [--plot FILE] [--json]
+usage: gradaccum plan [flags of train] [--memory 24GiB] [--device cpu|cuda] [--ranks 8]
+                      [--shard_ranks 8] [--plot FILE] [--json]
 
 Say what a step of these flags takes and which way of running it is fastest, before it runs. The
 step is traced on a model without data: a directory with a config.json suffices, and a model of
@@ -121,10 +122,17 @@ step is traced on a model without data: a directory with a config.json suffices,
                  --device cuda --memory 24GiB
   gradaccum plan --model_name_or_path ./model --dataset_name pairs.jsonl --use_peft \\
                  --load_in_4bit --device cuda --memory 24GiB --plot plan.png
+  gradaccum plan --model_name_or_path ./model --effective_batch_size 256 --max_length 4096 \
+                 --dtype bfloat16 --device cuda --memory 80GiB --ranks 8 --shard_ranks 8
 
   --memory 24GiB | 0.9   what there is, or which part of the device; default: what is available
   --device cpu | cuda    what is planned for; default: what this machine has. A GPU need not be here
                          if --memory is given
+  --ranks 8              how many train it together; --effective_batch_size and the default of
+                         --memory are of all of them, the plan is for one
+  --shard_ranks 8        how many hold one copy of the model by fully_shard: all (FSDP2), a divisor
+                         of --ranks (HSDP), or 1; gradients are then reduced in each micro-batch or
+                         once, or parameters gathered once (sync=), by memory and time
   --plot FILE            a picture (.png or .svg): memory and time against the micro-batch
   --json                 all of it as JSON
 

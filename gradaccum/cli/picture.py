@@ -40,6 +40,7 @@ def draw(plan: Plan, path: Path) -> None:
     for option in plan.options:
         name = f"checkpointing {'on' if option.checkpointing else 'off'}"
         name += f", loss in chunks of {option.chunk:,}" if option.chunk else ""
+        name += f", sync {option.sync}" if option.sync else ""
         settings.setdefault(name, []).append(option)
     fastest = min(option.seconds for option in plan.options if option.fits)
     for number, (name, options) in enumerate(settings.items()):

@@ -53,26 +53,30 @@ def run(words: list[str]) -> int:
     own = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     own.add_argument("--device", choices=("cpu", "cuda"))
     own.add_argument("--plot")
+    own.add_argument("--ranks", type=int, default=1)
+    own.add_argument("--shard_ranks", type=int, default=1)
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_, **__: say(f"warning: {message}")
         _quiet()
         try:
             mine, rest = own.parse_known_args(words)
         except (SystemExit, argparse.ArgumentError) as error:
-            raise BadInput("--device is cpu or cuda, and --plot takes a file") from error
+            raise BadInput(
+                "--device is cpu or cuda, --plot takes a file, --ranks and --shard_ranks a number"
+            ) from error
         if mine.plot is not None and Path(mine.plot).suffix not in (".png", ".svg"):
             raise BadInput(f"--plot {mine.plot} is neither .png nor .svg")
         if mine.plot is not None and not Path(mine.plot).absolute().parent.is_dir():
             raise BadInput(f"there is no directory {Path(mine.plot).parent} for --plot")
         if mine.plot is not None:
             check()
-        arguments = parse(rest, others=("--device", "--plot"))
+        arguments = parse(rest, others=("--device", "--plot", "--ranks", "--shard_ranks"))
         if arguments is None:
             return 0
         if mine.device is not None:
             cap_of(arguments.memory, torch.device(mine.device))
         try:
-            found = _planned(arguments, mine.device)
+            found = _planned(arguments, mine)
         except DoesNotFit as error:
             raise DoesNotFit(error.message, hint=SMALLER) from error
     if mine.plot is not None:
@@ -95,7 +99,8 @@ def _saying() -> Iterator[None]:
         told.removeHandler(handler)
 
 
-def _planned(arguments: Arguments, device: str | None) -> Plan:
+def _planned(arguments: Arguments, mine: argparse.Namespace) -> Plan:
+    device: str | None = mine.device
     training, model_args = arguments.training, arguments.model
     on_gpu = device == "cuda" or (device is None and torch.accelerator.is_available())
     say("gradaccum plan")
@@ -113,6 +118,8 @@ def _planned(arguments: Arguments, device: str | None) -> Plan:
             model,
             Objective(_fused, None, causal_lm().size, trim=True, chunk=TILE),
             effective_batch=arguments.effective_batch_size,
+            ranks=mine.ranks,
+            shard_ranks=mine.shard_ranks,
             memory=arguments.memory,
             optimizer=str(getattr(training.optim, "value", training.optim)),
             lengths=lengths,
@@ -280,6 +287,8 @@ def _table(found: Plan) -> list[str]:
         "effective batch", "micro-batch", "accumulation steps", "ckpt", "peak GiB",
         *COLUMNS, "time", "fits",
     ]  # fmt: skip
+    if found.chosen.sync is not None:
+        heads.insert(4, "sync")
     fitting = [option.seconds for option in found.options if option.fits]
     least = min(fitting)
     rows = [
@@ -288,6 +297,7 @@ def _table(found: Plan) -> list[str]:
             str(option.budget),
             f"{option.num_micros:,}",
             "on" if option.checkpointing else "off",
+            *([] if option.sync is None else [option.sync]),
             f"{option.peak_bytes / GIB:.2f}",
             *(f"{_folded(option, name) / GIB:.2f}" for name in COLUMNS),
             f"{option.seconds / least:.2f}x",
@@ -304,9 +314,9 @@ def _table(found: Plan) -> list[str]:
 
 def shown(found: Plan) -> list[Option]:
     """Return the options to show: some sizes of each setting, the chosen among them."""
-    settings: dict[tuple[bool, int | None], list[Option]] = {}
+    settings: dict[Any, list[Option]] = {}
     for option in found.options:
-        settings.setdefault((option.checkpointing, option.chunk), []).append(option)
+        settings.setdefault((option.checkpointing, option.chunk, option.sync), []).append(option)
     kept = []
     fastest = min((o for o in found.options if o.fits), key=lambda o: o.seconds)
     for options in settings.values():
@@ -327,25 +337,38 @@ def _to_paste(found: Plan) -> list[str]:
     """Return the flags of our engine and the arguments of the stock trainer."""
     one, size = found.chosen, found.effective_batch
     rows = max(1, one.budget.examples or (one.budget.tokens or 1) // found.longest)
-    rows = min(rows, size)
-    exact = max(n for n in range(1, rows + 1) if size % n == 0)
+    ranks = found.spread.ranks
+    rows = min(rows, max(1, size // ranks))
+    exact = max((n for n in range(1, rows + 1) if size % (n * ranks) == 0), default=0)
     budget = str(one.budget).replace(",", "")
+    launch = "gradaccum" if ranks == 1 else f"torchrun --nproc-per-node {ranks} -m gradaccum"
+    ours = (
+        f'  {launch} train ... --effective_batch_size {size} --budget "{budget}" '
+        f"--gradient_checkpointing {one.checkpointing}"
+    )
+    if one.sync is not None:  # the trainer shards nothing
+        kind = "tokens" if one.budget.examples is None else "examples"
+        size_of = f"Budget({kind}={one.budget.examples or one.budget.tokens})"
+        ours = f'  Accumulator(model, objective, budget={size_of}, sync="{one.sync}")'
     lines = [
         "with gradaccum: any effective batch, exactly",
-        f'  gradaccum train ... --effective_batch_size {size} --budget "{budget}" '
-        f"--gradient_checkpointing {one.checkpointing}",
+        ours,
         "",
         "with stock arguments",
-        f"  TrainingArguments(per_device_train_batch_size={exact}, "
-        f"gradient_accumulation_steps={size // exact}, "
-        f"gradient_checkpointing={one.checkpointing}, ...)",
     ]
-    if size % rows:
-        near = max(1, round(size / rows))
+    if exact:
         lines.append(
-            f"  {rows} rows would fit, and {size} is no multiple of it: the nearest is {rows} x "
-            f"{near} = {rows * near}; gradaccum runs {size} in "
-            f"{counted(one.num_micros, 'micro-batch')}"
+            f"  TrainingArguments(per_device_train_batch_size={exact}, "
+            f"gradient_accumulation_steps={size // (exact * ranks)}, "
+            f"gradient_checkpointing={one.checkpointing}, ...)"
+        )
+    if exact != rows:
+        near = max(1, round(size / (rows * ranks)))
+        on_ranks = f" x {ranks} ranks" if ranks > 1 else ""
+        lines.append(
+            f"  {counted(rows, 'row')} would fit, and {size} is no multiple of {rows}{on_ranks}: "
+            f"the nearest is {rows} x {near}{on_ranks} = {rows * near * ranks}; gradaccum runs "
+            f"{size} in {counted(one.num_micros, 'micro-batch')}{' on each' if on_ranks else ''}"
         )
     return lines
 
@@ -358,8 +381,12 @@ def _as_json(found: Plan) -> dict[str, Any]:
         seconds = option.seconds if found.machine.is_here else None
         return asdict(option) | {"seconds": seconds, "time": option.seconds / least}
 
+    spread = found.spread
     return {
         "effective_batch": found.effective_batch,
+        "ranks": spread.ranks,
+        "shard_ranks": spread.shard_ranks,
+        "sent_bytes": {"micro_batch": spread.micro_bytes, "step": spread.step_bytes},
         "memory_bytes": found.cap.stated_bytes,
         "tensor_bytes": found.cap.num_bytes,
         "chosen": told(found.chosen),

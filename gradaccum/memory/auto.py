@@ -26,6 +26,7 @@ from gradaccum.memory.remembered import keep, key_of, recall
 from gradaccum.objective import Objective
 from gradaccum.optimizers import materialize, state_bytes
 from gradaccum.state import batch_norms
+from gradaccum.sync.choose import is_sharded, num_ranks
 from gradaccum.types import Budget, amount, counted
 
 AUTO = "auto"
@@ -122,9 +123,27 @@ class Accumulator(gradaccum.engine.Accumulator):
             self.budget = cast(Budget, AUTO)  # until the first batch
 
     def prepare(self, batch: Any) -> Window:
-        """Do as the engine does; at the first batch, find the budget before."""
+        """Do as the engine does; at the first batch, find the budget before.
+
+        Raises:
+            BadInput: As the engine; the model is sharded, so that no rank can measure by itself.
+        """
         if not isinstance(self.budget, Budget):
-            batch = as_batch(batch, self._collate, trim=self.objective.trim)
+            if is_sharded(self.model):
+                raise BadInput(
+                    "budget='auto' is measured by micro-batches that each rank runs on its own, "
+                    "and the model is sharded by fully_shard, whose forwards take all ranks",
+                    hint="budget=Budget(tokens=...); gradaccum.plan(..., ranks=...) finds it",
+                )
+            batch = as_batch(
+                batch, self._collate, trim=self.objective.trim, may_be_empty=num_ranks() > 1
+            )
+            if not len(batch):  # there is nothing to measure on
+                self.budget = Budget(examples=1)
+                try:
+                    return super().prepare(batch)
+                finally:
+                    self.budget = cast(Budget, AUTO)
             if self.optimizer is not None:
                 materialize(self.optimizer)
             sizes = [self.objective.size(example) for example in batch]

@@ -23,6 +23,7 @@ from gradaccum.memory.predict import (
 )
 from gradaccum.memory.probe import EXTRAPOLATED, Probed, measure, shapes
 from gradaccum.memory.recipes import FourBit
+from gradaccum.memory.spread import Spread
 from gradaccum.memory.tracker import (
     ACTIVATIONS,
     AFTER,
@@ -52,22 +53,24 @@ class Traced:
         job: What one step is.
         lengths: Of the examples.
         machine: Whose time is told.
-        cap_bytes: If one row of a large model takes more, nothing else is traced.
+        cap_bytes: If one row of a large model takes more, nothing else is traced; None: it all is.
     """
 
-    def __init__(self, job: Job, lengths: Sequence[int], machine: Machine, cap_bytes: int) -> None:
+    def __init__(
+        self, job: Job, lengths: Sequence[int], machine: Machine, cap_bytes: int | None
+    ) -> None:
         ordered = sorted(lengths)
         longest, middle = ordered[-1], ordered[int(MIDDLE * len(ordered))]
         kinds = [middle, longest] if 2 * middle < longest else [longest]
         is_first = (job.padded or is_large(job.model)) and not needs_whole(job.model)
         self._alone = Operations(job, 1, longest) if is_first else None
         most = sum(self._alone.categories().values()) if self._alone is not None else 0
-        self.is_hopeless = is_large(job.model) and most > cap_bytes
+        self.is_hopeless = is_large(job.model) and cap_bytes is not None and most > cap_bytes
         one = None if job.padded else self._alone
         self._envelopes = (
             [] if self.is_hopeless else [Envelope(job, length, one) for length in kinds]
         )
-        self._longest = longest
+        self._longest, self._least = longest, 0.0
         after = self._envelopes[0].after if self._alone is None else self._alone.costs(AFTER)
         self.seconds_after = machine.seconds(*after)
         self._seconds = functools.cache(lambda of, rows: of.seconds(rows, machine))
@@ -76,8 +79,21 @@ class Traced:
         if self._alone is not None:
             self._seconds_alone = machine.seconds(*self._alone.costs(self._alone.last))
 
+    def placed(self, spread: Spread) -> "Traced":
+        """Return the same for one rank of several, which sends while it computes."""
+        other = copy.copy(self)
+        other._envelopes = [envelope.placed(spread) for envelope in self._envelopes]
+        other._alone = None if self._alone is None else self._alone.placed(spread)
+        other._peak = functools.cache(lambda of, rows: of.peak_bytes(rows))
+        other._least = spread.micro_seconds
+        other.seconds_after = self.seconds_after / spread.shard_ranks + spread.step_seconds
+        return other
+
     def seconds(self, rows: int, length: int) -> float:
         """Return the time of a micro-batch, forward and backward."""
+        return max(self._least, self._computing(rows, length))
+
+    def _computing(self, rows: int, length: int) -> float:
         if self._probed is not None:
             return self._probed.seconds(rows, length)
         if rows == 1 and self._alone is not None:

@@ -13,7 +13,8 @@ from gradaccum.memory.cap import Cap
 from gradaccum.memory.choose import Choice
 from gradaccum.memory.forecast import Measured, Traced
 from gradaccum.memory.machine import Machine
-from gradaccum.memory.predict import Job, is_checkpointing, is_large, trace
+from gradaccum.memory.predict import Job, Operations, is_checkpointing
+from gradaccum.memory.spread import Spread
 from gradaccum.memory.tracker import CATEGORIES, GRADIENTS
 from gradaccum.objective import Objective
 from gradaccum.types import Budget, amount
@@ -33,6 +34,7 @@ class Option:
         num_micros: Micro-batches of an effective batch, rounded.
         checkpointing: Activations are computed again in backward.
         chunk: Positions whose logits are held at a time; None: all.
+        sync: As of `Accumulator`, where the model is sharded; else None.
         peak_bytes: What tensors of the step take at its peak.
         categories: The same by what they are for.
         seconds: Of a step, on `Plan.machine`.
@@ -45,6 +47,7 @@ class Option:
     num_micros: int
     checkpointing: bool
     chunk: int | None
+    sync: str | None
     peak_bytes: int
     categories: dict[str, int]
     seconds: float
@@ -68,12 +71,14 @@ class Candidate:
         option: What it takes.
         choice: The same over the effective batches.
         setting: Its switches.
+        spread: Over ranks.
         is_traced: It can be traced, so that it can be confirmed.
     """
 
     option: Option
     choice: Choice
     setting: Setting
+    spread: Spread
     is_traced: bool
 
 
@@ -82,7 +87,8 @@ class Search:
 
     Args:
         job: What one step is.
-        drawn: Effective batches, the worst last.
+        spread: Of the model over ranks; the plan is for one of them.
+        drawn: Its shares of effective batches, the worst last.
         budgets: To choose from, the smallest first.
         cap: What memory there is.
         machine: Whose time is told.
@@ -92,13 +98,14 @@ class Search:
     def __init__(
         self,
         job: Job,
+        spread: Spread,
         drawn: list[list[int]],
         budgets: list[Budget],
         cap: Cap,
         machine: Machine,
         checkpointing: bool | None,
     ) -> None:
-        self._job, self._drawn, self._budgets = job, drawn, budgets
+        self._job, self._spread, self._drawn, self._budgets = job, spread, drawn, budgets
         self._cap, self._machine, self._wanted = cap, machine, checkpointing
         self._failed: BaseException | None = None
         self.notes: list[str] = []
@@ -117,7 +124,8 @@ class Search:
                 continue
             forecast = self._forecast(setting)
             if forecast is not None:
-                found += self._sizes(setting, forecast)
+                for spread in self._spread.ways():
+                    found += self._sizes(setting, spread, forecast)
         if not found:
             assert self._failed is not None, "one setting is tried at least"
             raise BadInput(
@@ -147,12 +155,13 @@ class Search:
         )
         job, sizes = self._with(setting), [size for window in self._drawn for size in window]
         try:
-            return Traced(job, sizes, self._machine, self._cap.num_bytes)
+            is_whole = self._spread.shard_ranks == 1
+            return Traced(job, sizes, self._machine, self._cap.num_bytes if is_whole else None)
         except Exception as error:
             if isinstance(error, BadInput) and setting.objective is not self._job.objective:
                 return None  # the head of this model cannot be chunked
             self._failed = error
-        if any(p.is_meta for p in job.model.parameters()):
+        if any(p.is_meta for p in job.model.parameters()) or self._spread.shard_ranks > 1:
             return None
         try:
             return Measured(job, sizes)
@@ -162,21 +171,25 @@ class Search:
                 hint="plan(model, objective, examples=...) says what it is trained on",
             ) from error
 
-    def _sizes(self, setting: Setting, forecast: Traced | Measured) -> Iterator[Candidate]:
+    def _sizes(
+        self, setting: Setting, spread: Spread, forecast: Traced | Measured
+    ) -> Iterator[Candidate]:
         """Yield what each budget gives; of those that give the same, the first."""
         is_traced, last = isinstance(forecast, Traced), None
+        if isinstance(forecast, Traced):
+            forecast = forecast.placed(spread)
         for budget in self._budgets[: 1 if forecast.is_hopeless else None]:
             choice = choose.weigh(budget, self._drawn, forecast)
             if last is not None and dataclasses.replace(last, budget=budget) == choice:
                 continue
             last = choice
-            option = self._option(choice, setting, forecast)
+            option = self._option(choice, setting, spread, forecast)
             beside = option.peak_bytes - option.categories[GRADIENTS]
             is_whole = is_traced and choice.most_micros == 1
             if is_whole and not option.fits and beside <= self._cap.num_bytes:
-                option = self._traced(option, setting, 1)  # it finds no gradients
+                option = self._traced(option, setting, spread, 1)  # it finds no gradients
                 choice = dataclasses.replace(choice, peak_bytes=option.peak_bytes)
-            yield Candidate(option, choice, setting, is_traced)
+            yield Candidate(option, choice, setting, spread, is_traced)
 
     def _is_slower(self, setting: Setting, found: list[Candidate]) -> bool:
         """Tell whether a setting, which computes more, is slower than what has been found to fit.
@@ -206,8 +219,8 @@ class Search:
             best = choose.best(choices, self._cap.num_bytes)
             i = left[next(i for i, choice in enumerate(choices) if choice is best)]
             if found[i].is_traced:
-                num_micros = 1 if found[i].choice.most_micros == 1 else 2
-                options[i] = self._traced(options[i], found[i].setting, num_micros)
+                one, num_micros = found[i], 1 if found[i].choice.most_micros == 1 else 2
+                options[i] = self._traced(options[i], one.setting, one.spread, num_micros)
             if options[i].fits:
                 return options[i], options
             left.remove(i)
@@ -220,21 +233,13 @@ class Search:
             "dtype, or more memory",
         )
 
-    def _traced(self, option: Option, setting: Setting, num_micros: int) -> Option:
-        """Return the option with what a trace of its largest micro-batch takes."""
-        traced = trace(
-            self._with(setting),
-            option.rows,
-            option.length,
-            num_micros=num_micros,
-            is_short=num_micros == 2 and is_large(self._job.model),
-        )
-        return dataclasses.replace(
-            option,
-            peak_bytes=traced.peak_bytes,
-            categories=dict(traced.peak),
-            fits=traced.peak_bytes <= self._cap.num_bytes,
-        )
+    def _traced(self, option: Option, setting: Setting, spread: Spread, num: int) -> Option:
+        """Return the option with what a trace of its largest micro-batch takes, of so many."""
+        job = dataclasses.replace(self._with(setting), num_micros=num)
+        taken = Operations(job, option.rows, option.length).placed(spread).categories()
+        peak = sum(taken.values())
+        fits = peak <= self._cap.num_bytes
+        return dataclasses.replace(option, peak_bytes=peak, categories=taken, fits=fits)
 
     def _switches(self) -> Iterator[Setting]:
         can_switch = hasattr(self._job.model, "gradient_checkpointing_enable")
@@ -255,7 +260,9 @@ class Search:
             self._job, objective=setting.objective, checkpointing=setting.checkpointing
         )
 
-    def _option(self, choice: Choice, setting: Setting, forecast: "Traced | Measured") -> Option:
+    def _option(
+        self, choice: Choice, setting: Setting, spread: Spread, forecast: "Traced | Measured"
+    ) -> Option:
         return Option(
             choice.budget,
             choice.rows,
@@ -263,6 +270,7 @@ class Search:
             max(1, round(choice.num_micros)),
             setting.checkpointing,
             setting.chunk,
+            spread.sync,
             choice.peak_bytes,
             forecast.categories(choice.rows, choice.length),
             choice.seconds + forecast.seconds_after,

@@ -6,6 +6,7 @@ same operations; whatever is alive after each of them is an affine function of t
 for any number of rows is the largest of these, exactly.
 """
 
+import copy
 import dataclasses
 import functools
 import warnings
@@ -22,6 +23,7 @@ from torch.optim import Optimizer
 from gradaccum.batch import Listed
 from gradaccum.engine import Accumulator, Window
 from gradaccum.memory.machine import Machine
+from gradaccum.memory.spread import Spread
 from gradaccum.memory.tracker import AFTER, CATEGORIES, Op, Tracker
 from gradaccum.memory.twin import fake_like, faking, twin_of
 from gradaccum.objective import Objective, unweighted
@@ -235,6 +237,12 @@ class Envelope:
         self._known = traced if one_row is None else [one_row, *traced]
         self.is_exact = chunk is None and torch.equal(self._known[0].part, self._known[1].part)
 
+    def placed(self, spread: Spread) -> "Envelope":
+        """Return the same for one rank of several."""
+        other = copy.copy(self)
+        other._known = [traced.placed(spread) for traced in self._known]
+        return other
+
     def categories(self, rows: float) -> dict[str, int]:
         """Return the bytes that are alive where they are most, by category.
 
@@ -298,6 +306,13 @@ class Operations:
         self.part = part
         self._flops, self._moved, self.live = (values.double() for values in others)
         self.total = self.live.sum(-1)
+
+    def placed(self, spread: Spread) -> "Operations":
+        """Return the same for one rank of several."""
+        other = copy.copy(self)
+        other.live = spread.place(self.live, self.part)
+        other.total = other.live.sum(-1)
+        return other
 
     def categories(self) -> dict[str, int]:
         """Return the bytes that are alive where they are most, by category."""

@@ -26,7 +26,7 @@ def module_of(model: nn.Module) -> nn.Module:
 def is_sharded(model: nn.Module) -> bool:
     """Tell whether forwards of a model take all ranks: parts of it went through `fully_shard`."""
     kinds = {kind.__name__ for module in model.modules() for kind in type(module).__mro__}
-    return num_ranks() > 1 and "FSDPModule" in kinds
+    return "FSDPModule" in kinds
 
 
 def ranks_of(model: nn.Module, sync: Any = None) -> Alone:
@@ -40,7 +40,8 @@ def ranks_of(model: nn.Module, sync: Any = None) -> Alone:
         BadInput: It is wrapped or sharded in a way that has no exact accumulation here.
         NotDecomposable: It has collectives of its own, for which ranks would have to run alike.
     """
-    if num_ranks() == 1:
+    inner = module_of(model)
+    if num_ranks() == 1 and not is_sharded(inner):
         started = int(os.environ.get("WORLD_SIZE", "1"))
         if started > 1:
             raise BadInput(
@@ -49,7 +50,6 @@ def ranks_of(model: nn.Module, sync: Any = None) -> Alone:
                 hint="torch.distributed.init_process_group()",
             )
         return Alone()
-    inner = module_of(model)
     for name, module in inner.named_modules():
         kind = type(module).__name__
         if isinstance(module, DistributedDataParallel):

@@ -18,7 +18,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp._fully_shard import _fsdp_collectives
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import gradaccum
 from gradaccum import Budget, Objective, device
@@ -28,7 +30,7 @@ from tests import models
 ROWS, WIDTH, CLASSES = 32, 8, 5
 MISTAKE = "some mistake"
 HAS_UNUSED = hasattr(FSDPModule, "set_reduce_scatter_unused_params")  # since torch 2.13
-CUTS = {2: (0, 12, 32), 4: (0, 4, 10, 22, 32)}  # 3 and 5 micro-batches of 4; 1, 2, 3 and 3
+CUTS = {1: (0, 32), 2: (0, 12, 32), 4: (0, 4, 10, 22, 32)}  # 3 and 5 micro-batches of 4; 1, 2, 3, 3
 
 
 class Block(nn.Module):
@@ -491,6 +493,50 @@ def held(rank, world, mode, hsdp=False):
     seen.clear()
     step = accumulator.backward(batch)
     return [now - before for now in seen], num, step.sync
+
+
+TOKENS, WORDS = 128, 2048
+
+
+def language_model() -> LlamaForCausalLM:
+    config = LlamaConfig(hidden_size=256, intermediate_size=704, num_hidden_layers=6,
+                         num_attention_heads=4, num_key_value_heads=4, vocab_size=WORDS,
+                         use_cache=False)  # fmt: skip
+    return LlamaForCausalLM(config).train()
+
+
+def adam(parameters):
+    return torch.optim.AdamW(parameters, foreach=False)
+
+
+def stepped(rank, world, mode, num_rows):
+    """Return the most bytes that are allocated in a step with state, as the allocator tells it."""
+    model = language_model()
+    for layer in model.model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    optimizer = adam(model.parameters())
+    accumulator = Accumulator(
+        model, gradaccum.causal_lm(), budget=Budget(examples=num_rows), sync=mode
+    )
+    ids = torch.randint(0, WORDS, (2 * num_rows, TOKENS))
+    batch = [{"input_ids": row, "labels": row} for row in ids]
+
+    def step():
+        accumulator.backward(batch)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()
+    gc.collect()
+    now = most = storages()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        step()
+    events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    return most
 
 
 def killed(rank, world, mode, where):

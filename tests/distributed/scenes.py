@@ -679,6 +679,19 @@ def grown(rank: int, world: int, steps: int) -> list[float]:
     return found
 
 
+def automatic(rank: int, world: int) -> list[Any]:
+    """Find a budget on each rank, at the first batch of which it has a share."""
+    cases, found = [Case(dealt(*sizes), (1, 1)) for sizes in ((8, 0), (3, 5))], []
+    net = cases[0].net()
+    acc = gradaccum.Accumulator(net, cases[0].objective())
+    for window, case in enumerate(cases):
+        acc.backward(case.rows(window, case.shares[rank]))
+        error = oracle.error(gradients(net), expected(case, window))
+        found.append((error, str(acc.budget)))
+        net.zero_grad()
+    return found
+
+
 def plain_nll(net: nn.Module, b: dict[str, Tensor]) -> Tensor:
     logits = net(b["input_ids"], b["attention_mask"], b["position_ids"])
     return F.cross_entropy(logits.transpose(1, 2), b["labels"])

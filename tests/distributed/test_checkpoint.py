@@ -20,7 +20,7 @@ from safetensors.torch import load_file, load_model
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from gradaccum import checkpoint
+from gradaccum import checkpoint, stored
 from gradaccum.checkpoint import Checkpoints, export
 from gradaccum.errors import BadInput, MissingExtra, PeerFailed
 from tests.distributed import launch
@@ -531,7 +531,7 @@ def test_objects_that_cannot_be_stored(tmp_path, monkeypatch):
         Checkpoints(tmp_path, model=model, held=sparse).save(1)
     assert not list(tmp_path.iterdir())
     monkeypatch.setitem(sys.modules, "safetensors", None)
-    monkeypatch.setattr(checkpoint, "find_spec", lambda name: None)
+    monkeypatch.setattr(stored, "find_spec", lambda name: None)
     with pytest.raises(MissingExtra, match="safetensors"):
         Checkpoints(tmp_path, model=model)
 
@@ -708,7 +708,7 @@ def test_wrappers_do_not_show_in_a_checkpoint(tmp_path):
 
 
 def test_tensors_go_to_several_files(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "FILE_BYTES", 10_000)
+    monkeypatch.setattr(stored, "FILE_BYTES", 10_000)
     Checkpoints(tmp_path, model=Net()).save(1)
     files = list((tmp_path / "step-1").glob("*.safetensors"))
     assert len(files) > 3 and max(file.stat().st_size for file in files) < 12_000

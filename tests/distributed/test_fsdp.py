@@ -6,7 +6,8 @@ Expected values come from one process and the whole batch; ranks are processes o
 import pytest
 import torch
 
-from gradaccum.sync.sharded import held_bytes
+import gradaccum
+from gradaccum.sync.modes import held_bytes
 from tests import models, oracle
 from tests.distributed import fsdp_scenes as scenes
 from tests.distributed import launch
@@ -81,6 +82,15 @@ def test_float32_over_gloo():
     options = {"dtype": torch.float32}
     for by_rank in windows([(mode, options) for mode in MODES], 2):
         check_windows(by_rank, limit=1e-6)
+
+
+@pytest.mark.parametrize("mode", [None, *MODES])
+def test_one_rank(mode):
+    narrow = {"dtype": torch.bfloat16}
+    exact, rounded = windows([(mode,), (mode, narrow)], 1)
+    check_windows(exact)
+    # One pass over all rows in bfloat16 is as far from one process in float64.
+    check_windows(rounded, limit=1e-2)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -339,6 +349,25 @@ def test_bytes_held_between_micro_batches():
             assert seen == [want] * 3
 
 
+def test_the_plan_knows_what_a_rank_takes():
+    rows = 4
+    found = run([(scenes.stepped, mode, rows) for mode in MODES], 2)
+    plan = gradaccum.plan(
+        scenes.language_model(),
+        effective_batch=4 * rows,
+        ranks=2,
+        shard_ranks=2,
+        lengths=scenes.TOKENS,
+        memory="8GiB",
+        optimizer=scenes.adam,
+        checkpointing=False,
+    )
+    planned = {o.sync: o.peak_bytes for o in plan.options if o.chunk is None and o.rows == rows}
+    for mode, peaks in zip(MODES, found, strict=True):
+        for peak in peaks:
+            assert 0.97 <= planned[mode] / peak <= 1.15  # seen: 0.98 to 1.13
+
+
 def test_the_mode_follows_from_the_memory_there_is():
     jobs = [(scenes.crowded, where) for where in ("nowhere", "available", "gathering", "end")]
     for (_, where), found in zip(jobs, run(jobs, 2), strict=True):
@@ -377,7 +406,7 @@ def test_what_is_refused():
         "words": "RankDisagreement: 1 of 17 parameters differ between ranks 0 and 1, sync among",
         "plain": "BadInput: sync='each' is for models that went through fully_shard",
         "measured": "BadInput: this loss is measured by forwards that each rank runs on its own",
-        "auto": "BadInput: a rank cannot run micro-batches by itself",
+        "auto": "BadInput: budget='auto' is measured by micro-batches that each rank runs",
     }.items():
         assert said[name].startswith(text), name
     (replicas,) = run([(scenes.unequal_replicas,)], 4)

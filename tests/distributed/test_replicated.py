@@ -348,6 +348,13 @@ def test_a_rank_that_is_killed_is_noticed_by_all(tmp_path, world):  # [A7]
             assert value["again"] == "PeerFailed" and value["none_left"]
 
 
+def test_each_rank_finds_its_own_budget():
+    """One has nothing to measure on at first."""
+    first, other = ran(scenes.automatic, 2)
+    assert max(error for error, _ in (*first, *other)) <= EXACT
+    assert other[0][1] == "auto" and "auto" not in (first[0][1], first[1][1], other[1][1])
+
+
 @pytest.mark.parametrize("values", [10**6, 64, 100])
 @pytest.mark.parametrize("kind", ["sum", "late"])
 def test_collectives_of_a_step(kind, values):  # [A8]
