@@ -17,11 +17,13 @@ from gradaccum.batch import Collate, Listed
 from gradaccum.device import is_out_of_memory
 from gradaccum.engine import Accumulator, Window
 from gradaccum.errors import BadInput, DoesNotFit
+from gradaccum.integrations.positions import place, sampler_of
 from gradaccum.integrations.saving import changes, settings_of
 from gradaccum.measured import Measured, restored
 from gradaccum.memory.auto import Found
 from gradaccum.objective import causal_lm, length
 from gradaccum.optimizers import materialize
+from gradaccum.sampler import EffectiveBatchSampler
 from gradaccum.split import split
 from gradaccum.types import Budget, Step
 
@@ -154,20 +156,30 @@ class Accumulation:
         effective_batch_size: Examples in one step.
         cut: How large a micro-batch may be.
         memory: What there is for micro-batches, if how large they are is to be found.
+        is_stated: Whether the effective batch size was; else a sampler of the user's decides.
     """
 
     def __init__(
-        self, effective_batch_size: int, cut: Cut, memory: str | float | None = None
+        self,
+        effective_batch_size: int,
+        cut: Cut,
+        memory: str | float | None = None,
+        *,
+        is_stated: bool = True,
     ) -> None:
         self.effective_batch_size = effective_batch_size
+        self.is_stated = is_stated
         self.cut = cut
         self.memory = memory
         self.found: Found | None = None
         self.may_checkpoint = False  # whether gradient checkpointing is to be chosen as well
+        self.sampler: EffectiveBatchSampler | None = None  # if the loader of a run has one
         self.begin()
 
     def begin(self) -> None:
         """Forget the run before: another one may bring another model or another loss."""
+        if self.sampler is not None:
+            self.sampler.load_state_dict(self._began)  # as the trainer counts its steps anew
         self.last: Step | None = None
         self.window: Window | None = None
         self.measured: Measured | None = None
@@ -176,9 +188,26 @@ class Accumulation:
         self.optimizer: Any = None
         self.is_stepping = False  # the optimizer, just now
 
+    def read(self, sampler: EffectiveBatchSampler) -> None:
+        """Begin a run that reads this sampler; another run with it will begin at the same place.
+
+        Raises:
+            BadInput: It is inside of an epoch, and a trainer counts whole ones.
+        """
+        if sampler is self.sampler:
+            return
+        began = sampler.state_dict()
+        if began["consumed"] != began["epoch_begin"]:
+            raise BadInput(
+                f"the sampler has consumed {began['consumed'] - began['epoch_begin']:,} examples "
+                f"of epoch {began['epoch']}, and a trainer counts whole epochs",
+                hint="train(resume_from_checkpoint=...) goes on inside of one",
+            )
+        self.sampler, self._began = sampler, began
+
 
 class OptimizerStep(TrainerCallback):
-    """Make the optimizer's state before the first step, and note when a step runs.
+    """Make the optimizer's state before the first step; note when a step runs, and what it used.
 
     A step that runs out of memory cannot be run again, so that it should not be the first that
     asks for its state.
@@ -208,11 +237,14 @@ class OptimizerStep(TrainerCallback):
     def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
         self._accumulation.is_stepping = True
 
-    def on_optimizer_step(self, *_: Any, **__: Any) -> None:
+    def on_optimizer_step(self, *_: Any, train_dataloader: Any = None, **__: Any) -> None:
         self._accumulation.is_stepping = False
+        sampler = sampler_of(train_dataloader)
+        if sampler is not None:
+            sampler.commit()
 
 
-KEPT = ("effective_batch_size", "contract", "budget", "checkpointing", "settings")
+KEPT = ("effective_batch_size", "contract", "budget", "checkpointing", "settings", "position")
 
 
 class SameBatch(TrainerCallback, ExportableState):
@@ -220,7 +252,7 @@ class SameBatch(TrainerCallback, ExportableState):
 
     A resumed trainer skips as many batches as it has made steps, so batches of another size would
     skip examples or repeat them. Other settings that alter what a run learns are named if they
-    have changed.
+    have changed. The position of an `EffectiveBatchSampler` is kept and restored.
     """
 
     def __init__(self) -> None:
@@ -229,6 +261,7 @@ class SameBatch(TrainerCallback, ExportableState):
         self.budget: list[int | None] | None = None  # that was found: a resumed run cuts alike
         self.checkpointing: bool | None = None  # that was chosen with it
         self.settings: dict[str, Any] = {}
+        self.position: dict[str, Any] | None = None  # of an EffectiveBatchSampler
 
     def state(self) -> dict[str, Any]:
         return {"args": {}, "attributes": {name: getattr(self, name) for name in KEPT}}
@@ -254,23 +287,27 @@ class SameBatch(TrainerCallback, ExportableState):
         self.contract = entry["attributes"].get("contract") if state.global_step else None
         self.budget = entry["attributes"].get("budget") if state.global_step else None
         self.checkpointing = entry["attributes"].get("checkpointing")
-        data = getattr(given.get("train_dataloader"), "dataset", None)
+        self.position = entry["attributes"].get("position") if state.global_step else None
+        loader = given.get("train_dataloader")
+        data, sampler = getattr(loader, "dataset", None), sampler_of(loader)
         before, self.settings = entry["attributes"].get("settings"), settings_of(args, data)
+        own_order = f"EffectiveBatchSampler(seed={sampler.seed})" if sampler is not None else None
+        self.settings["sampler"] = own_order
         if state.global_step and before:
             for change in changes(before, self.settings):
                 warnings.warn(f"not as in the checkpoint: {change}", stacklevel=2)
         self.effective_batch_size = own
         kept[type(self).__name__] = self.state()
-        if args.ignore_data_skip or not state.global_step:
-            return
-        if saved is None and not _may_be(own, state, args, given.get("train_dataloader")):
+        is_skipping = bool(state.global_step) and not args.ignore_data_skip
+        if is_skipping and saved is None and not _may_be(own, state, args, loader):
             saved = "another number of"
-        if saved not in (None, own):
+        if is_skipping and saved not in (None, own):
             raise BadInput(
                 f"the checkpoint was made with an effective batch of {saved} examples, and this "
                 f"run has {own}: it would skip examples or repeat them",
                 hint="resume with the same number, or set ignore_data_skip to begin the data anew",
             )
+        place(loader, self.position, state.global_step, anew=args.ignore_data_skip)
 
 
 def _may_be(own: int, state: TrainerState, args: TrainingArguments, loader: Any) -> bool:

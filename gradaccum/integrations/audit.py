@@ -229,6 +229,7 @@ def _recut(twin: Any, sizes: tuple[int, ...], contract: "_Contract | None") -> N
     """Let an attached trainer take all rows as one step, in micro-batches of this size."""
     twin.callback_handler.callbacks.append(contract or _Contract())
     own = twin.accumulation = copy.copy(twin.accumulation)
+    own.sampler = None
     own.begin()
     own.effective_batch_size = sum(sizes)
     own.cut = accumulation.Cut(Budget(examples=sizes[0]), own.cut.rows, on_cpu=True)

@@ -50,14 +50,16 @@ from gradaccum.integrations.accumulation import (
     lengths_of,
 )
 from gradaccum.integrations.evaluation import Evaluated
+from gradaccum.integrations.positions import sampler_of, take
 from gradaccum.integrations.refusals import refuse
 from gradaccum.integrations.saving import Saved, sweep, wait_for_all
-from gradaccum.integrations.shares import preparing
+from gradaccum.integrations.shares import Shares, preparing
 from gradaccum.integrations.swap import replaced
 from gradaccum.measured import Measured
 from gradaccum.memory.auto import AUTO, check, find
 from gradaccum.memory.predict import switch
 from gradaccum.objective import length
+from gradaccum.sampler import EffectiveBatchSampler
 from gradaccum.state import undisturbed, without_dropout
 from gradaccum.types import Budget, Micro, Proof
 
@@ -112,6 +114,9 @@ class Attached(Evaluated, Saved):
             replaced(accelerator, "prepare_data_loader", prepare),
         ):
             loader = super().get_train_dataloader()
+        sampler = sampler_of(loader)
+        if sampler is not None:
+            self._read(loader, sampler)
         size = getattr(loader, "total_batch_size", getattr(loader, "batch_size", None))
         if size is not None and size != self.accumulation.effective_batch_size:
             raise BadInput(
@@ -127,6 +132,21 @@ class Attached(Evaluated, Saved):
                 hint="leave out dataloader_drop_last: a smaller last batch is exact too",
             )
         return loader
+
+    def _read(self, loader: DataLoader, sampler: EffectiveBatchSampler) -> None:
+        """Let a loader's batches be those of its sampler, and their size that of a step."""
+        accumulation, size = self.accumulation, sampler.effective_batch_size
+        if size != accumulation.effective_batch_size and accumulation.is_stated:
+            raise BadInput(
+                f"the train loader's EffectiveBatchSampler makes batches of {size} where attach "
+                f"was given effective_batch_size={accumulation.effective_batch_size}",
+                hint=f"attach(trainer, effective_batch_size={size}), or leave it out",
+            )
+        accumulation.effective_batch_size = size
+        self.args.per_device_train_batch_size = self._train_batch_size = size
+        take(loader, sampler, self.accelerator)
+        if self.is_in_train:
+            accumulation.read(sampler)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -152,6 +172,16 @@ class Attached(Evaluated, Saved):
         prepare = functools.partial(self._prepare, model, inputs)
         with self._collecting_alone():
             accumulation.last = step = self._accumulator(model).backward(prepare)
+        num = sum(share.num_examples for share in step.shares)
+        if num > accumulation.effective_batch_size:
+            raise BadInput(
+                f"ranks have read {num} examples for an effective batch of "
+                f"{accumulation.effective_batch_size}: the train loader does not share them out",
+                hint="return self.accelerator.prepare(loader) from get_train_dataloader",
+            )
+        shares = getattr(self.callback_handler.train_dataloader, "batch_sampler", None)
+        if isinstance(shares, Shares) and not self.args.full_determinism:
+            shares.follow(step.rates)
         if step.recoveries and accumulation.cut.budget is not None:
             accumulation.cut.set(accumulation.cut.budget.within(step.recoveries[-1].limit))
         self._kept().budget = accumulation.cut.bounds
@@ -160,6 +190,11 @@ class Attached(Evaluated, Saved):
         if every is not None and self.state.global_step % every == 0:
             clear_device_cache()
         return accumulation.last.loss_tensor.to(self.args.device)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        sampler = sampler_of(self.callback_handler.train_dataloader)
+        self._kept().position = None if sampler is None else sampler.state_dict()
+        super()._save_checkpoint(model, trial)
 
     def get_total_train_batch_size(self, args: TrainingArguments) -> int:
         return self.accumulation.effective_batch_size
@@ -350,9 +385,9 @@ def attach(
 
     Args:
         trainer: A `transformers.Trainer` or any subclass, TRL's `SFTTrainer` among them.
-        effective_batch_size: Examples in one step; by default what the arguments mean,
-            `per_device_train_batch_size * gradient_accumulation_steps` times the number of ranks.
-            Any number of at least 1.
+        effective_batch_size: Examples in one step; by default that of the train loader's
+            `EffectiveBatchSampler`, or else what the arguments mean, `per_device_train_batch_size *
+            gradient_accumulation_steps` times the number of ranks. Any number of at least 1.
         budget: How large a micro-batch may be. "auto": the smallest that is as fast as any that
             fits, measured by three short micro-batches at the first step and remembered on disk;
             a resumed run keeps it.
@@ -387,7 +422,8 @@ def attach(
     refuse(trainer)
     given = budget if isinstance(budget, Budget) else None
     cut = Cut(given, args.train_batch_size, args.device.type == "cpu")
-    accumulation = Accumulation(size, cut, memory)
+    is_stated = effective_batch_size is not None
+    accumulation = Accumulation(size, cut, memory, is_stated=is_stated)
     trainer.accumulation = accumulation  # pyright: ignore[reportAttributeAccessIssue]
     trainer.add_callback(SameBatch())
     trainer.add_callback(OptimizerStep(accumulation))

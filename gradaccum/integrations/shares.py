@@ -6,8 +6,10 @@ rank instead: it repeats examples where they are uneven (`even_batches`), and af
 later epoch its loaders of several ranks read the data of another (`set_epoch` stops at a wrapper).
 """
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from functools import partial
+from statistics import median
 from typing import Any
 
 from accelerate import Accelerator
@@ -15,8 +17,17 @@ from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import gather_object
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sampler
 
+from gradaccum.dealing import deal, relative
 from gradaccum.errors import BadInput, RankDisagreement
-from gradaccum.sampler import deal
+from gradaccum.integrations.positions import Positioned
+from gradaccum.sampler import EffectiveBatchSampler
+
+logger = logging.getLogger(__name__)
+
+Speeds = list[float] | None
+# Equal ranks differ by up to 1.07 in the median of 16 steps, and by 4.9 in one (docs/log.md): noise
+# changes nothing. A rank that is slower by 1.25 costs two ranks a ninth of a step, many a fifth.
+STEPS, FACTOR = 16, 1.25
 
 
 class Shares(BatchSampler):
@@ -44,11 +55,49 @@ class Shares(BatchSampler):
         super().__init__(sampler, batch_size, drop_last)
         self._costs = costs
         self._rank, self._world = rank, world
+        self._rates: list[Sequence[float]] = []  # of the latest steps
+        self._num_read = 0  # batches of the pass
+        self._speeds: list[tuple[int, Speeds]] = [(0, None)]  # and the batch from which they hold
 
     def __iter__(self) -> Iterator[list[int]]:
-        for batch in super().__iter__():
+        self._speeds = [(0, self._speeds[-1][1])]
+        for at, batch in enumerate(super().__iter__()):
+            self._num_read = at + 1
             costs = [self._costs[i] for i in batch] if self._costs else [1.0] * len(batch)
-            yield [batch[i] for i in deal(costs, self._world)[self._rank]]
+            speeds = next(speeds for begin, speeds in reversed(self._speeds) if begin <= at)
+            yield [batch[i] for i in deal(costs, self._world, speeds)[self._rank]]
+
+    def follow(self, rates: Sequence[float]) -> None:
+        """Let the shares follow how fast ranks are, where they differ by more than `FACTOR`.
+
+        All ranks call this after each step and with the same numbers. They judge by the median of
+        `STEPS` steps, and deal by it from a batch on that none of them has read.
+
+        Args:
+            rates: What each rank did in a second; 0 where it is not known.
+        """
+        if min(rates) > 0:
+            self._rates.append(rates)
+        if len(self._rates) < STEPS:
+            return
+        found = [median(of_rank) for of_rank in zip(*self._rates, strict=True)]
+        self._rates.clear()
+        now = self._speeds[-1][1] or [1.0] * self._world
+        if _spread([rate / speed for rate, speed in zip(found, now, strict=True)]) <= FACTOR:
+            return
+        speeds = relative(found, self._world) if _spread(found) > FACTOR else None
+        told: list[tuple[int, Speeds]] = gather_object([(self._num_read, speeds)])
+        if any(other != speeds for _, other in told):
+            raise RankDisagreement(f"ranks would deal by different speeds: {told}")
+        begin = max(read for read, _ in told)
+        self._speeds.append((begin, speeds))
+        if self._rank == 0:
+            logger.warning(
+                f"ranks differ in speed: {speeds}, relative to the fastest. Shares follow it; "
+                "effective batches stay as they are"
+                if speeds
+                else "ranks are about as fast as each other again, and so are their shares"
+            )
 
 
 def preparing(
@@ -68,6 +117,8 @@ def preparing(
         if isinstance(loader.dataset, IterableDataset):
             _refuse_split(loader.dataset)
             loader.collate_fn = partial(_of_share, loader.collate_fn, costs, rank, world)
+        elif isinstance(own, EffectiveBatchSampler | Positioned):
+            pass  # its batches are this rank's share
         elif type(own) is not BatchSampler:
             raise BadInput(
                 f"the train loader's batches come from {type(own).__name__}, and on {world} ranks "
@@ -113,6 +164,10 @@ def _of_share(
 ) -> Any:
     """Collate this rank's share of an effective batch that every rank has read."""
     return collate([examples[i] for i in deal(costs(examples), world)[rank]])
+
+
+def _spread(values: list[float]) -> float:
+    return max(values) / min(values)
 
 
 def _require_same_order(loader: DataLoader, rank: int) -> None:

@@ -479,12 +479,13 @@ def held(rank, world, mode, hsdp=False):
     fully_shard(model, **options)
     objective = Objective(lambda model, batch: model(batch["x"]).float().square().sum(), len)
     seen = []
+
+    def see(_):
+        time.sleep(0.05)  # gloo's thread lets go of its buffers a moment later
+        seen.append(storages())
+
     accumulator = Accumulator(
-        model,
-        objective,
-        budget=Budget(examples=1),
-        sync=mode,
-        after_micro=lambda micro: seen.append(storages()),
+        model, objective, budget=Budget(examples=1), sync=mode, after_micro=see
     )
     batch = {"x": torch.ones(3, 128)}
     accumulator.backward(batch)

@@ -1,5 +1,6 @@
 """Runs of attached trainers that ranks take part in; the results are compared by the tests."""
 
+import os
 import tempfile
 import time
 from pathlib import Path
@@ -141,9 +142,21 @@ def shuffled_apart(rank: int, world: int) -> str:
     return refused(trainer.train)
 
 
-def unjoined(rank: int, world: int) -> str:
+def unshared(rank: int, world: int) -> str:
+    class Unshared(Trainer):
+        def get_train_dataloader(self):
+            return DataLoader(self.train_dataset, BATCH, collate_fn=self.data_collator)
+
+    trainer, _ = trainers.build(
+        Path(tempfile.mkdtemp()), trainer=Unshared, attach={"effective_batch_size": BATCH}
+    )
+    return refused(trainer.train)
+
+
+def unjoined(rank: int, world: int, port: int) -> str:
     """Without use_cpu the Trainer does not know of the other rank."""
     dist.destroy_process_group()
+    os.environ["MASTER_PORT"] = str(port)  # accelerate joins there, before transformers forgets it
     return refused(
         lambda: trainers.build(
             Path(tempfile.mkdtemp()), attach={"effective_batch_size": BATCH}, use_cpu=False

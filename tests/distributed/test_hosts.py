@@ -4,9 +4,9 @@ import itertools
 
 import pytest
 
-from gradaccum.sampler import deal
+from gradaccum.dealing import deal
 from tests.distributed import hosts
-from tests.distributed.launch import run_many, values
+from tests.distributed.launch import free_port, run_many, values
 
 KINDS = ("sft dft", "sft experts", "dpo", "reward centred", "kto", "orpo")
 ON_EACH = [
@@ -33,6 +33,7 @@ def folder(tmp_path_factory):
 def two(folder):
     more = [
         (hosts.interrupted, (folder,)), (hosts.out_of_memory, ()), (hosts.shuffled_apart, ()),
+        (hosts.unshared, ()),
     ]  # fmt: skip
     return started([*ON_EACH, *more], 2)
 
@@ -118,7 +119,8 @@ def test_a_loop_of_accelerate(one, two):
 
 def test_what_ranks_would_do_apart_is_refused(two):
     assert all("ranks shuffle their data differently" in said for said in two["shuffled_apart",])
-    (unjoined,) = run_many([(hosts.unjoined, ())], 2, deadline=DEADLINE)
+    assert all("does not share them out" in said for said in two["unshared",])
+    (unjoined,) = run_many([(hosts.unjoined, (free_port(),))], 2, deadline=DEADLINE)
     assert all("each would train a model of its own" in said for said in values(unjoined))
 
 
