@@ -1,11 +1,13 @@
 """A plain loop on any number of ranks: the same batches, the same gradient, resumed on any other.
 
-python examples/ranks.py                                   # one process
-torchrun --nproc-per-node 2 examples/ranks.py              # the same losses
-torchrun --nproc-per-node 3 --max-restarts 3 examples/ranks.py   # goes on where that was killed
+python examples/ranks.py --folder runs/one                              # one process
+torchrun --nproc-per-node 2 examples/ranks.py --folder runs/two         # the same losses
+torchrun --nproc-per-node 3 --max-restarts 3 examples/ranks.py          # goes on if one is killed
 """
 
 import argparse
+import itertools
+import os
 
 import torch
 import torch.distributed as dist
@@ -18,6 +20,8 @@ from gradaccum.checkpoint import Checkpoints, export
 
 def main(folder: str = "runs/ranks", num_steps: int = 20, sharded: bool = False) -> list[float]:
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    if device.type != "cpu":
+        torch.accelerator.set_device_index(int(os.environ.get("LOCAL_RANK", "0")))
     if dist.is_torchelastic_launched():
         dist.init_process_group()  # NCCL for GPUs, gloo for CPUs
     torch.manual_seed(0)  # on every rank: they begin with the same weights
@@ -30,7 +34,12 @@ def main(folder: str = "runs/ranks", num_steps: int = 20, sharded: bool = False)
     data = counting_sequences(64 * num_steps)
     lengths = [len(example["input_ids"]) for example in data]
     sampler = gradaccum.EffectiveBatchSampler(data, 64, costs=lengths, seed=1)
-    loader = torch.utils.data.DataLoader(data, batch_sampler=sampler, collate_fn=list)
+    loader = torch.utils.data.DataLoader(
+        data,
+        batch_sampler=sampler,
+        collate_fn=list,
+        generator=torch.Generator(),  # else it draws from what dropout draws from, anew on resume
+    )
     # In a folder that all ranks see.
     checkpoints = Checkpoints(folder, model=model, optimizer=optimizer, sampler=sampler)
     done = checkpoints.restore()
@@ -38,7 +47,8 @@ def main(folder: str = "runs/ranks", num_steps: int = 20, sharded: bool = False)
     budget = gradaccum.Budget(tokens=512)
     accumulator = gradaccum.Accumulator(model, gradaccum.causal_lm(), budget=budget)
     losses = []
-    for share in loader:  # what this rank has of the effective batch
+    # What this rank has of each effective batch:
+    for share in itertools.islice(loader, max(0, num_steps - done)):
         step = accumulator.backward(share)
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

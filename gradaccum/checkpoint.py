@@ -173,8 +173,9 @@ class Checkpoints:
         """Load the latest checkpoint into the objects; return its step, or 0 if there is none.
 
         Optimizers and schedulers get their values (such as learning rates) from the checkpoint, and
-        gradients are dropped. Each rank draws random numbers as it would have; on another number
-        of ranks those that differed between ranks are seeded anew from the checkpoint.
+        gradients are dropped. Each rank draws random numbers as it would have, if the loader has a
+        `generator` of its own (without, each `iter(loader)` draws as well); on another number of
+        ranks those that differed between ranks are seeded anew from the checkpoint.
 
         Raises:
             BadInput: It is damaged, of another model or optimizer, or settings have changed and

@@ -199,7 +199,9 @@ class Accumulator:
         share, weights, totals = window.share, None, None
 
         def exchange(message: Message, num_runs: int = len(micros)) -> list[Message]:
-            own = {"share": share, "num_runs": num_runs, "rate": self._rate}
+            is_own = hearing.ranks.restarts_alone  # else the time of a window is that of all
+            rate = self._rate if is_own else 0.0
+            own = {"share": share, "num_runs": num_runs, "rate": rate}
             return hearing.exchange(message | own)
 
         if objective.resolve is not None:
@@ -240,8 +242,9 @@ class Accumulator:
     def exchange(self, message: Message) -> list[Message]:
         """Say a message to all ranks while they prepare a batch; return those of all, in order.
 
-        For collators and losses that need figures of the whole effective batch. Elsewhere than in
-        what `backward` calls, this rank is alone.
+        For losses that need figures of the whole effective batch. Every rank has to call it equally
+        often in a step, so not for each micro-batch, of which ranks have different numbers.
+        Elsewhere than in what `backward` calls, this rank is alone.
 
         Args:
             message: What JSON can hold; under other keys than "failed".
@@ -272,9 +275,13 @@ class Accumulator:
             PeerFailed: Another rank raised one of these, or is gone.
             RankDisagreement: The ranks have different models or losses.
         """
-        self._warn_of_last()
         ranks = self.ranks
-        past, recoveries = Past(self.model, largest=KEPT), list[Recovery]()
+        try:
+            self._warn_of_last()
+            past, recoveries = Past(self.model, largest=KEPT), list[Recovery]()
+        except Exception as error:
+            ranks.fail(error)
+            raise
         hearing = Hearing(ranks)
         while True:
             said, is_first = "", True
@@ -375,6 +382,7 @@ class Accumulator:
             num_fillers = ranks.begin(parameters, [said["num_runs"] for said in heard])
             with attention:
                 ran, losses, reported = self._run(window, device, ranks, num_fillers)
+            took = stop()
             losses = torch.stack(losses) if losses else torch.zeros(0, len(names), device=device)
             # What is left to do takes no part of the batch.
             self._running = window.micros[0] if window.micros else None
@@ -414,6 +422,7 @@ class Accumulator:
             _sums=on_host[1],
             _ran=ran,
             _late_weight=on_host[2],
+            _took=took,
             _wait=stop(),
         )
 
@@ -561,5 +570,6 @@ def _refuse_coupled(model: nn.Module, num_micros: int) -> None:
         raise NotDecomposable(
             f"BatchNorm in training mode ({', '.join(found[:3])}{more}) normalises each of the "
             f"{num_micros} micro-batches by its own statistics, not by those of the batch",
-            hint="put these modules in eval mode, use GroupNorm, or a budget for the whole batch",
+            hint="put these modules in eval mode, use GroupNorm, or, on one rank, a budget for the "
+            "whole batch",
         )

@@ -165,6 +165,8 @@ class Measured:
                     found = self._told_apart(agreed, model, host, odd)
                 except NotDecomposable as error:
                     found, refusal = None, error
+        if refusal is not None:
+            raise refusal
         assert found is not None, "else it was refused"
         plain = [name for name in found.counters if not name.endswith(CLAMPED)]
         listed = ", or over ".join(map(describe, plain[:3]))
@@ -390,7 +392,9 @@ class Measured:
             return self._of_terms(contract, totals, model, rows, factor, inputs, exchange)
         count, unit = (1.0 if contract.counted else None), _unit(name)
         all_rows = {"loss": totals[EXAMPLES]}
-        if contract.is_sum or name.endswith(CLAMPED) or self._is_left(contract, model, num, inputs):
+        is_counted = bool(totals.get(name.removesuffix(CLAMPED)))
+        is_left = is_counted and self._is_left(contract, model, num, inputs)
+        if contract.is_sum or name.endswith(CLAMPED) or is_left:
             # What has nothing to count adds to the loss all the same, and so must not weigh 0.
             share = [1 / n if n else 1.0 for n in factor] if contract.counted else factor
             losses = [self._times(s * totals[EXAMPLES], count=count) for s in share]
@@ -407,7 +411,7 @@ class Measured:
 
         Otherwise what such rows do was measured (`_odd`).
         """
-        if not contract.counted or not any(num):
+        if not contract.counted:
             return False
         device = next(model.parameters()).device
         for n, part in zip(num, inputs, strict=True):

@@ -22,7 +22,7 @@ from gradaccum.objective import Objective
 from gradaccum.restore import gradients_aside
 from gradaccum.state import without_dropout
 from gradaccum.sync.choose import module_of
-from gradaccum.sync.replicated import fingerprints
+from gradaccum.sync.replicated import control_group, fingerprints
 from gradaccum.trace import Watch
 from gradaccum.trees import to_device
 from gradaccum.types import Budget
@@ -164,8 +164,8 @@ def _apart(names: Sequence[str], left: Sequence[Tensor], tolerance: float) -> li
     apart = []
     for name, gradient in zip(names, left, strict=True):
         most, least = gradient.clone(), gradient.clone()
-        dist.all_reduce(most, dist.ReduceOp.MAX)
-        dist.all_reduce(least, dist.ReduceOp.MIN)
+        dist.all_reduce(most, dist.ReduceOp.MAX, group=control_group())
+        dist.all_reduce(least, dist.ReduceOp.MIN, group=control_group())
         size = max(most.norm().item(), least.norm().item())
         if (most - least).norm().item() > tolerance * size:
             apart.append(name)
@@ -202,7 +202,7 @@ def _named(
             ]
     means = [gradient.clone() for gradient in local]
     for gradient in means:
-        dist.all_reduce(gradient)
+        dist.all_reduce(gradient, group=control_group())
         gradient /= world
     if relative_error(left, means) <= max(tolerance, 1e-6):
         return [
@@ -234,7 +234,7 @@ def _filled(gradients: Sequence[Tensor | None], parameters: list[nn.Parameter]) 
 
 def _gathered(value: Any) -> list[Any]:
     found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, value)
+    dist.all_gather_object(found, value, group=control_group())  # gradients lie on the host
     return found
 
 

@@ -215,6 +215,11 @@ class EffectiveBatchSampler(Sampler[list[int]]):
         self._place = self._next(self._place)
         self._is_committed = True
 
+    @property
+    def has_equal_epochs(self) -> bool:
+        """Tell whether each epoch has as many examples: without weights, or with whole ones."""
+        return self._fraction is None
+
     def set_epoch(self, epoch: int) -> None:
         """Go to the beginning of an epoch, unless the position is kept by `commit()` or was loaded.
 

@@ -174,7 +174,8 @@ class EffectiveBatchStream(IterableDataset[list[Any]]):
     def _roll(self) -> None:
         """Begin the next pass where one is committed to its end: beyond it, if that was short."""
         epoch, end = self._ended.tolist()
-        is_read = epoch == self._epoch and self._taken[0] >= end
+        # Who reads a later pass has seen this one committed; it may have been read to its end, too.
+        is_read = epoch > self._epoch or (epoch == self._epoch and self._taken[0] >= end)
         if any(self._taken) and (self._num_taken == self.num_batches or is_read):
             self._taken = [0] * len(self._parts)
             self._num_taken = 0

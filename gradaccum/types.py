@@ -141,8 +141,9 @@ class Step:
             it ran.
         shares: What each rank had of it, this process being rank `rank`; one without ranks.
         rank: Of this process.
-        rates: What each rank did in the step before, in useful size a second; 0 in the first. For
-            `EffectiveBatchSampler.rebalance`, where some are slower than others.
+        rates: What each rank did in the step before, in useful size a second of its own; 0 where it
+            is not known: in the first step, without examples, and where ranks run in lock-step
+            (`sync` "each" and "once"). For `EffectiveBatchSampler.rebalance`.
         sync: How the ranks added their gradients; empty without ranks.
         weights: Weight of the whole effective batch, by term; None where the loss reports it.
         unit: What the weight counts.
@@ -171,6 +172,7 @@ class Step:
     _sums: Any = field(repr=False)
     _ran: tuple[int, ...] = field(repr=False)
     _late_weight: Any = field(repr=False)
+    _took: Callable[[], float] = field(repr=False)
     _wait: Callable[[], float] = field(repr=False)
 
     @property
@@ -207,8 +209,8 @@ class Step:
 
     @property
     def seconds(self) -> float:
-        """Return the seconds from the first forward to the last backward."""
-        return self._wait()
+        """Return the seconds of this rank from the first forward to the last backward."""
+        return self._took()
 
     @property
     def num_micros(self) -> int:

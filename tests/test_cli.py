@@ -15,9 +15,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import SFTTrainer
 
 import gradaccum
-from gradaccum.cli import arguments, embedded
+from gradaccum.cli import arguments, embedded, final
 from gradaccum.cli.main import main
 from gradaccum.cli.progress import Metrics, StopOnSignal
 from gradaccum.sync.alone import Alone
@@ -117,6 +118,59 @@ def test_the_checkpoint_alone_resumes_the_run_with_its_flags(model_dir, data_fil
     assert train(resume_from_checkpoint="last", output_dir=halves) == 0
     assert "is the end of the run, 4 of 4 steps" in capfd.readouterr().err
     assert (halves / "model.safetensors").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("moment", ["writing", "renaming"])
+@pytest.mark.parametrize("is_best", [False, True])
+def test_a_model_that_a_killed_run_did_not_write_is_written_later(
+    moment, is_best, model_dir, tmp_path, capfd, monkeypatch
+):
+    """A kill is a KeyboardInterrupt, since what comes after it would come after any."""
+    data = tmp_path / "data"
+    data.mkdir()
+    for split in ("train", "test"):
+        prompts(30).to_json(data / f"{split}.jsonl")
+    flags = {"max_steps": 4, "save_steps": 1, "lr_scheduler_type": "constant"}
+    if is_best:  # the first step, since the loss falls
+        flags |= {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 1}
+        flags |= {"metric_for_best_model": "loss", "greater_is_better": True}
+    whole, output = tmp_path / "whole", tmp_path / "out"
+    assert run(model_dir, data, whole, **flags) == 0
+    assert run(model_dir, data, output, **flags | {"max_steps": 2}) == 0
+    weights = "model.safetensors"
+    first = (output / weights).read_bytes()
+    save, flush = SFTTrainer.save_model, final.flush
+
+    def killed_writing(trainer, folder, **words):
+        save(trainer, folder, **words)
+        if "checkpoint-" not in folder:
+            (Path(folder) / weights).write_bytes(b"half")
+            raise KeyboardInterrupt
+
+    def killed_renaming(path):
+        flush(path)
+        if path == output:
+            raise KeyboardInterrupt
+
+    flags |= {"resume_from_checkpoint": "auto"}
+    with monkeypatch.context() as patch:
+        if moment == "writing":
+            patch.setattr(SFTTrainer, "save_model", killed_writing)
+        else:
+            patch.setattr(final, "flush", killed_renaming)
+        assert run(model_dir, data, output, **flags) == 128 + signal.SIGINT
+    if moment == "writing":
+        assert (output / weights).read_bytes() == first, "whole until the next one is"
+    capfd.readouterr()
+    (output / weights).write_bytes(b"half")
+    assert run(model_dir, data, output, **flags) == 0
+    assert "writing the model: " in capfd.readouterr().err
+    assert (output / weights).read_bytes() == (whole / weights).read_bytes()
+    best = AutoModelForCausalLM.from_pretrained(output / "checkpoint-1").lm_head.weight
+    assert is_best == torch.equal(AutoModelForCausalLM.from_pretrained(output).lm_head.weight, best)
+    assert not (output / ".writing").exists()
+    assert run(model_dir, data, output, **flags) == 0
+    assert "nothing to do: " in capfd.readouterr().err
 
 
 def test_memory_into_which_nothing_fits_is_refused(model_dir, data_file, tmp_path, capfd):

@@ -438,7 +438,8 @@ def test_ranks_are_planned_for(command, config_file):
     done = command(*words, "--effective_batch_size=64", *many)
     assert done.returncode == 0, done.stderr
     assert "effective batch 64 on 8 ranks of 1.0 GiB" in done.stdout
-    assert "sharded over 4 ranks, 2 copies" in done.stdout and 'sync="' in done.stdout
+    assert "sharded over 4 ranks, 2 copies" in done.stdout
+    assert "Accumulator(model, causal_lm(" in done.stdout and 'sync="' in done.stdout
     told = json.loads(command(*words, "--effective_batch_size=64", *many, "--json").stdout)
     assert (told["ranks"], told["shard_ranks"]) == (8, 4) and told["sent_bytes"]["step"] > 0
     done = command(*words, "--effective_batch_size=61", "--ranks=8")

@@ -986,6 +986,18 @@ def test_a_stream_resumes_in_the_epoch_of_its_data(num_shards):
     assert list(fresh) == passes[0][4:]
 
 
+@pytest.mark.parametrize("workers", [0, 2, 4])
+def test_a_pass_that_is_read_ahead_to_its_end_is_counted(workers):
+    stream = EffectiveBatchStream(list(range(12)), 4, rank=0, world=1)
+    loader = DataLoader(stream, batch_size=None, num_workers=workers)
+    for epoch in range(3):
+        for at, _ in enumerate(loader, start=1):
+            stream.commit()
+            state = stream.state_dict()
+            ends = [(epoch + 1, 0)] if at == 3 else []  # if it is known by now that it ends here
+            assert (state["epoch"], state["consumed"]) in [(epoch, 4 * at), *ends]
+
+
 def test_set_epoch_of_a_stream_moves_only_what_nobody_keeps():
     stream = EffectiveBatchStream(Stream(9), 4, rank=0, world=1)
     stream.set_epoch(3)

@@ -43,7 +43,6 @@ SMALLER = (
     "--dtype bfloat16, --use_peft, --use_peft --load_in_4bit, --optim adamw_8bit, a smaller "
     "--max_length, or more --memory"
 )
-HEAD = "the loss is that of TRL's SFTTrainer, with the head over every position"
 FOLDED = {"activations": ("activations", "temporaries", "inputs", "buffers")}
 COLUMNS = ("parameters", "gradients", "optimizer state", "activations")
 
@@ -106,17 +105,22 @@ def _planned(arguments: Arguments, mine: argparse.Namespace) -> Plan:
     say("gradaccum plan")
     assumed: list[str] = []
     config, lengths = _config_and_lengths(arguments, assumed)
-    model = _model(arguments, config, assumed)
+    is_fused = mine.shard_ranks == 1  # no trainer shards: it is then the loss of an Accumulator
+    model = _model(arguments, config, assumed, is_fused=is_fused)
     autocast = torch.bfloat16 if training.bf16 and (on_gpu or "bf16" in arguments.given) else None
     if on_gpu and not {"bf16", "fp16"} & arguments.given:
         autocast = torch.bfloat16  # TRL's default
         assumed.append("forwards run under bf16 autocast, as is TRL's default")
+    objective, head = causal_lm(), "the loss is causal_lm()"
+    if is_fused:
+        objective = Objective(_fused, None, objective.size, trim=True, chunk=TILE)
+        head = "the loss is that of TRL's SFTTrainer, with the head over every position"
     say(f"model     {model_args.model_name_or_path}: {_described(model)}")
     say("plan      tracing a step without data ...")
     with _saying():
         return plan(
             model,
-            Objective(_fused, None, causal_lm().size, trim=True, chunk=TILE),
+            objective,
             effective_batch=arguments.effective_batch_size,
             ranks=mine.ranks,
             shard_ranks=mine.shard_ranks,
@@ -128,7 +132,7 @@ def _planned(arguments: Arguments, mine: argparse.Namespace) -> Plan:
             else None,
             autocast=autocast,
             device=device,
-            assumptions=[HEAD, *assumed],
+            assumptions=[head, *assumed],
         )
 
 
@@ -221,7 +225,9 @@ def _joined(row: dict[str, Any], tokenizer: Any, field: str) -> str:
     return row[field] if field in row else f"{row['prompt']}{row['completion']}"
 
 
-def _model(arguments: Arguments, config: PreTrainedConfig, assumed: list[str]) -> Any:
+def _model(
+    arguments: Arguments, config: PreTrainedConfig, assumed: list[str], *, is_fused: bool
+) -> Any:
     """Return the model of the flags on the meta device, with its adapters."""
     model_args = arguments.model
     name = model_args.dtype or "float32"
@@ -241,7 +247,8 @@ def _model(arguments: Arguments, config: PreTrainedConfig, assumed: list[str]) -
             f"{type(config).__name__} is of no causal language model that can be built: "
             f"{str(error).strip().splitlines()[0][:160]}"
         ) from error
-    add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
+    if is_fused:
+        add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
     adapters = get_peft_config(model_args)
     if adapters is not None:
         from peft import get_peft_model
@@ -349,7 +356,13 @@ def _to_paste(found: Plan) -> list[str]:
     if one.sync is not None:  # the trainer shards nothing
         kind = "tokens" if one.budget.examples is None else "examples"
         size_of = f"Budget({kind}={one.budget.examples or one.budget.tokens})"
-        ours = f'  Accumulator(model, objective, budget={size_of}, sync="{one.sync}")'
+        chunk = f"chunk={one.chunk}" if one.chunk else ""
+        how = f'causal_lm({chunk}), budget={size_of}, sync="{one.sync}"'
+        switch = "  model.gradient_checkpointing_enable()\n" if one.checkpointing else ""
+        return [
+            "with gradaccum: any effective batch, exactly",
+            f"{switch}  Accumulator(model, {how})",
+        ]
     lines = [
         "with gradaccum: any effective batch, exactly",
         ours,

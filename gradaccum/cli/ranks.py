@@ -11,7 +11,7 @@ from gradaccum.errors import BadInput
 
 T = TypeVar("T")
 IS_FIRST = os.environ.get("RANK", "0") == "0"  # as torchrun and accelerate launch set it
-RESTARTED = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+RESTARTS = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0  # torchrun does, if one dies
 
 
 def decided(decide: Callable[[], T]) -> T:

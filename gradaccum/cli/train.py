@@ -25,10 +25,10 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils.import_utils import is_liger_kernel_available
 from trl import SFTTrainer, get_peft_config, get_quantization_config
 
-from gradaccum.cli import data, embedded
+from gradaccum.cli import data, embedded, final
 from gradaccum.cli.arguments import Arguments, parse
 from gradaccum.cli.progress import Finished, Metrics, Progress, Samples, StopOnSignal
-from gradaccum.cli.ranks import IS_FIRST, RESTARTED, decided
+from gradaccum.cli.ranks import IS_FIRST, RESTARTS, decided
 from gradaccum.cli.summary import describe, prove, say, summarise
 from gradaccum.device import is_out_of_memory
 from gradaccum.errors import BadInput, DoesNotFit
@@ -65,6 +65,11 @@ def _run(words: list[str]) -> int:
     output = decided(lambda: _output_directory(arguments, resume))
     arguments.training.output_dir = str(output)
     say("gradaccum train")
+    if RESTARTS and str(arguments.training.resume_from_checkpoint).lower() not in LAST:
+        say(
+            "warning: after a restart by torchrun this goes on only with --output_dir and "
+            "--resume_from_checkpoint auto"
+        )
     if words != own:
         say(f"flags     of the run, from {output / FLAGS}: {shlex.join(words[: -len(own)])}")
     try:
@@ -87,7 +92,13 @@ def _run(words: list[str]) -> int:
     try:
         trainer.train(resume_from_checkpoint=resume)
     except Finished as done:
-        say(f"nothing to do: {resume} is the end of the run, {done}")
+        is_written = decided(lambda: final.is_written(output, Path(str(resume))))
+        to_do = "nothing to do" if is_written else "writing the model"
+        say(f"{to_do}: {resume} is the end of the run, {done}")
+        if not is_written:  # the run was killed before it had
+            if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint:
+                trainer._load_best_model()
+            final.write(trainer, output)
         return 0
     finally:
         stop.restore()
@@ -96,7 +107,7 @@ def _run(words: list[str]) -> int:
         say(f"stopped by {signal.Signals(stop.received).name}, saved {saved}")
         say(f"go on with: gradaccum train {shlex.join(['--resume_from_checkpoint', saved])}")
         return 128 + stop.received
-    trainer.save_model(str(output))
+    final.write(trainer, output)
     proof = prove(trainer)
     if IS_FIRST:
         summarise(trainer, arguments, output, metrics, proof)
@@ -115,8 +126,6 @@ def _quiet() -> None:
 def _checkpoint(arguments: Arguments) -> str | None:
     """Return the checkpoint to resume from."""
     wanted = arguments.training.resume_from_checkpoint
-    if not wanted and RESTARTED and "output_dir" in arguments.given:
-        wanted = AUTO  # torchrun has started the workers anew
     if not wanted:
         return None
     if str(wanted).lower() in LAST:
@@ -145,7 +154,7 @@ def _output_directory(arguments: Arguments, resume: str | None) -> Path:
     else:
         output = Path("gradaccum-runs") / datetime.now().strftime("%Y%m%d-%H%M%S")
     try:
-        is_own = RESTARTED or arguments.training.resume_from_checkpoint == AUTO
+        is_own = arguments.training.resume_from_checkpoint == AUTO
         is_begun = is_own and (output / FLAGS).is_file()  # and was stopped before a checkpoint
         if output.is_dir() and any(output.iterdir()) and resume is None and not is_begun:
             last = get_last_checkpoint(str(output))

@@ -192,10 +192,17 @@ class Accumulation:
         """Begin a run that reads this sampler; another run with it will begin at the same place.
 
         Raises:
-            BadInput: It is inside of an epoch, and a trainer counts whole ones.
+            BadInput: It is inside of an epoch, or its epochs differ in length: a trainer counts
+                whole ones of one length.
         """
         if sampler is self.sampler:
             return
+        if not sampler.has_equal_epochs:
+            raise BadInput(
+                "the sampler's weights are no whole numbers, so that its epochs differ in length, "
+                "and a trainer takes as many batches of each as the first has",
+                hint="weights of 0, 1, 2, ...; or a plain loop",
+            )
         began = sampler.state_dict()
         if began["consumed"] != began["epoch_begin"]:
             raise BadInput(

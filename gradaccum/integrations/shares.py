@@ -21,6 +21,7 @@ from gradaccum.dealing import deal, relative
 from gradaccum.errors import BadInput, RankDisagreement
 from gradaccum.integrations.positions import Positioned
 from gradaccum.sampler import EffectiveBatchSampler
+from gradaccum.stream import EffectiveBatchStream
 
 logger = logging.getLogger(__name__)
 
@@ -114,6 +115,13 @@ def preparing(
 
     def prepare(loader: DataLoader, *args: Any, **kwargs: Any) -> DataLoader:
         own = loader.batch_sampler
+        if isinstance(loader.dataset, EffectiveBatchStream):
+            raise BadInput(
+                "an EffectiveBatchStream yields this rank's share already, and a trainer does not "
+                "keep its position",
+                hint="give the trainer the stream's data: its batches are shared out; or write a "
+                "plain loop",
+            )
         if isinstance(loader.dataset, IterableDataset):
             _refuse_split(loader.dataset)
             loader.collate_fn = partial(_of_share, loader.collate_fn, costs, rank, world)

@@ -131,7 +131,9 @@ class Search:
             raise BadInput(
                 f"{type(self._job.model).__name__} cannot be traced without its values: "
                 f"{_first_line(self._failed)}",
-                hint="give the model with its weights: it is then measured, as budget='auto' does",
+                hint="a model that does not depend on values can be planned in shards"
+                if self._spread.shard_ranks > 1
+                else "give the model with its weights: it is then measured, as budget='auto' does",
             ) from self._failed
         if is_left_out:
             self.notes.append(

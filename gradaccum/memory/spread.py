@@ -4,7 +4,7 @@ Replicas hold what one process holds, and a bucket for sums. With `fully_shard` 
 part of parameters, gradients and optimizer state, and of the whole what `sync` says (`sync/`); and
 at a time the parameters of two blocks, one of them gathered ahead, and the gradients of two, one of
 them being reduced. What is in no block is gathered from the beginning of a forward to the end of
-its backward. All of it counts at every moment of a micro-batch, which is a little too much.
+its backward. That counts at every moment of a micro-batch, which is a little too much.
 """
 
 import dataclasses
@@ -103,11 +103,14 @@ class Spread:
         blocks = sorted(self.blocks, key=lambda block: block.num_bytes)[-2:]
         gathered = self.root.num_bytes + sum(block.num_bytes for block in blocks)
         if sync == "hold":
-            gathered = self.num_bytes
+            gathered = self.num_bytes + max(g.num_bytes for g in (self.root, *blocks))
         root, most = self.root.gradient_bytes, max(b.gradient_bytes for b in (Group(0, 0), *blocks))
-        reduced = root + max(root, 2 * most) if sync == "each" else max(root, most)
         found[~after, column[PARAMETERS]] += gathered
-        found[~after, column[TEMPORARIES]] += reduced
+        if sync == "each":
+            found[~after, column[TEMPORARIES]] += root + max(root, 2 * most)
+        else:  # at the end, beside whole gradients: what is sent, in two copies, and what results
+            last = (~after).nonzero().max()
+            found[last, column[TEMPORARIES]] += 2 * max(root, most) + self.gradient_bytes / num
         return found
 
     @property

@@ -1,5 +1,6 @@
 """One process: nobody to tell, nothing to add. The interface of all others."""
 
+import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 
 Message = dict[str, Any]
 AGAIN = "again"  # what a rank says in place of the end of its window
+DIVISORS = ("weights", "counts", "terms")  # of messages: what others divide by
 
 
 class Alone:
@@ -128,7 +130,8 @@ class Hearing:
         """Exchange a message; or return what was heard when it was exchanged before.
 
         Raises:
-            OtherQuestions: The step runs again, and asks more than it did at first.
+            OtherQuestions: The step runs again, and asks more than it did at first, or counts other
+                rows.
         """
         rank, heard = self.ranks.rank, self._heard
         if self._is_over:  # what is known by now is not asked again
@@ -138,6 +141,8 @@ class Hearing:
             if self._is_over:
                 raise OtherQuestions(is_first=True)
             self._heard.append(self.ranks.exchange(message))
+        elif not all(_is_same(message.get(k), heard[self._next][rank].get(k)) for k in DIVISORS):
+            raise OtherQuestions(is_first=True)  # a collator that draws for each micro-batch
         self._next += 1
         self.last[self.ranks.rank] = message
         return self.last
@@ -150,6 +155,17 @@ class Hearing:
     def again(self) -> None:
         """Hear the same from the beginning, and nothing new."""
         self._next, self._is_over = 0, True
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    """Tell whether what was counted is the same but for rounding, as far as both have counted."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        return all(_is_same(one[name], other[name]) for name in one.keys() & other.keys())
+    if isinstance(one, Sequence) and isinstance(other, Sequence) and not isinstance(one, str):
+        return len(one) == len(other) and all(map(_is_same, one, other))
+    if isinstance(one, float) and isinstance(other, float):
+        return one == other or math.isclose(one, other, rel_tol=1e-6)
+    return one is None or other is None or one == other
 
 
 class OtherQuestions(Exception):

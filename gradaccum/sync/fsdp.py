@@ -15,10 +15,9 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 
-from gradaccum import device as device_memory
 from gradaccum.errors import BadInput
 from gradaccum.sync.modes import held_bytes
-from gradaccum.sync.replicated import collective, gone
+from gradaccum.sync.replicated import collective, gone, is_own
 
 GATHER, SCATTER = "gather", "scatter"
 SETTINGS = (
@@ -92,7 +91,7 @@ class Comm:
                 output_tensor=output_tensor, input_tensor=input_tensor, group=group, **options
             )
         except RuntimeError as error:
-            if device_memory.is_out_of_memory(error):
+            if is_own(error):
                 raise
             raise gone(error) from error
         self.groups.after(what)

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from gradaccum.device import is_out_of_memory
 from gradaccum.errors import PeerFailed, RankDisagreement
 from gradaccum.sync.alone import Alone, Message
 
@@ -38,14 +39,14 @@ class Replicated(Alone):
 
     def __init__(self) -> None:
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
-        _control()
+        control_group()
         self._bucket: Tensor | None = None
         self._flat: dict[nn.Parameter, Tensor] = {}  # gradients that do not lie in one piece
 
     @property
     def control(self) -> Any:
         """Return the group that messages go over; nothing else holds it."""
-        return _control()
+        return control_group()
 
     def exchange(self, message: Message) -> list[Message]:
         heard = self._gather(message)
@@ -64,6 +65,9 @@ class Replicated(Alone):
             error.add_note(f"and {gone.message}") if hasattr(error, "add_note") else None
 
     def require_same(self, model: nn.Module) -> None:
+        device = next(model.parameters()).device
+        if device.type != "cpu":  # connections are made now, and not where memory is tight
+            dist.all_reduce(torch.zeros(1, device=device))
         own = fingerprints(model.named_parameters())
         digest = hashlib.sha256(json.dumps(own).encode()).hexdigest()
         if len({said["digest"] for said in self.exchange({"digest": digest})}) == 1:
@@ -191,7 +195,7 @@ def fingerprints(named: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
 
 
 def collective(function: Any, *args: Any, group: Any) -> None:
-    """Run it; raise PeerFailed where another rank is gone.
+    """Run it; raise PeerFailed where another rank is gone, and what fails here as it is.
 
     The connections of this rank are then closed, so that whoever waits for it is told as well, and
     not only the neighbours of the one that is gone.
@@ -200,12 +204,19 @@ def collective(function: Any, *args: Any, group: Any) -> None:
         function(*args, group=group)
         return
     except RuntimeError as error:
+        if is_own(error):
+            raise
         failure = gone(error)
     if group is not None and group in _controls:
         _controls[1] = None
         dist.destroy_process_group(group)
     del group  # the frames of what is raised keep it open
     raise failure
+
+
+def is_own(error: BaseException) -> bool:
+    """Tell whether a collective has failed by what happened here: memory, or a kernel before it."""
+    return is_out_of_memory(error) or isinstance(error, torch.AcceleratorError)
 
 
 def gone(error: BaseException) -> PeerFailed:
@@ -221,7 +232,7 @@ def gone(error: BaseException) -> PeerFailed:
 _controls: list[Any] = []  # the group of all ranks, and the one that was made beside it
 
 
-def _control() -> Any:
+def control_group() -> Any:
     """Return the group that messages go over; made once for the job, by all ranks together."""
     if _controls[:1] != [dist.group.WORLD]:
         _controls[:] = [dist.group.WORLD, dist.new_group(backend="gloo", timeout=WAIT)]

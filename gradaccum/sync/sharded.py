@@ -81,6 +81,10 @@ class Sharded(Replicated):
 
     def exchange(self, message: Message) -> list[Message]:
         self._is_kept = False  # who begins again after this, does so with all others
+        if "num_runs" in message:  # a window is about to begin
+            if self._script_of != self.groups.modes:
+                self._script, self._script_of = None, self.groups.modes
+            message = message | {"knows": self._script is not None}
         try:
             heard = super().exchange(message | self._note)
         except PeerFailed:
@@ -89,6 +93,8 @@ class Sharded(Replicated):
         self._note = {}
         if any(LESS in said for said in heard):
             self.mode, self._script = "each", None
+        if not all(said.get("knows", True) for said in heard):
+            self._script = None  # who fails follows what others say, or all know it
         return heard
 
     def fail(self, error: BaseException) -> None:
@@ -163,8 +169,6 @@ class Sharded(Replicated):
         self._left = max(num_micros[rank] for rank in self.peers)
         self._lender = _lender(num_micros, self.groups.shards) if is_alike else None
         self.groups.begin(self.mode)
-        if self._script_of != self.groups.modes:
-            self._script, self._script_of = None, self.groups.modes
         held = amount(self.groups.held(self.mode))
         self.policy = f"sharded, {TEXTS[self.mode]} (held {held})"
         plain = self._plain(parameters)

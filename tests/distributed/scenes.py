@@ -679,6 +679,55 @@ def grown(rank: int, world: int, steps: int) -> list[float]:
     return found
 
 
+def drawn(rank: int, world: int) -> tuple[Any, float, list[Any]]:
+    """Run out of memory on rank 1, where the collator draws what counts for each micro-batch."""
+    case, failed, ran = Case(dealt(8, 8), (4, 4)), [], []
+    net = case.net()
+
+    def collate(rows: list[Any]) -> Any:
+        b = torch.utils.data.default_collate(rows)
+        drawn = torch.rand(len(rows) + 1)[1:]  # so that smaller ones draw other numbers
+        return b | {"mask": (drawn < 0.5).double()}
+
+    def loss(net: nn.Module, b: Any) -> Tensor:
+        if rank == 1 and ran and not failed:
+            failed.append(True)
+            raise torch.OutOfMemoryError("as said")
+        ran.append(b)
+        return masked(net, b)
+
+    objective = Objective(loss, lambda b: b["mask"].sum())
+    acc = Accumulator(net, objective, budget=Budget(examples=4), collate=collate)
+    torch.manual_seed(rank)
+    step = acc.backward(case.rows(0, case.shares[rank]))
+    assert bool(failed) == (rank == 1)
+    return gradients(net), step.weight, ran[-len(step._ran) :]  # those of weight 0 are left out
+
+
+def masked(net: nn.Module, b: Any) -> Tensor:
+    return (net(b["x"]).square().sum(1) * b["mask"]).sum()
+
+
+def slow(rank: int, world: int) -> tuple[float, ...]:
+    """Take long on rank 1, and return what each rank is said to do in a second."""
+    case = Case(dealt(4, 4), (2, 2))
+    net = case.net()
+
+    def loss(net: nn.Module, b: Any) -> Tensor:
+        time.sleep(0.1 * rank)
+        return fit(net, b).sum()
+
+    acc = Accumulator(net, Objective(loss, len_of), budget=Budget(examples=2))
+    for _ in range(2):
+        step = acc.backward(case.rows(0, case.shares[rank]))
+        net.zero_grad()
+    return step.rates
+
+
+def len_of(b: Any) -> int:
+    return len(b["x"])
+
+
 def automatic(rank: int, world: int) -> list[Any]:
     """Find a budget on each rank, at the first batch of which it has a share."""
     cases, found = [Case(dealt(*sizes), (1, 1)) for sizes in ((8, 0), (3, 5))], []

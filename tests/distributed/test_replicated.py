@@ -348,6 +348,25 @@ def test_a_rank_that_is_killed_is_noticed_by_all(tmp_path, world):  # [A7]
             assert value["again"] == "PeerFailed" and value["none_left"]
 
 
+def test_a_collator_that_draws_for_each_micro_batch_is_counted_again_by_all():
+    """Who runs again in smaller ones has drawn others."""
+    found = ran(scenes.drawn, 2)
+    ran_by_all = [b for _, _, inputs in found for b in inputs]
+    net = Case(dealt(8, 8), (4, 4)).net()
+    weight = sum(b["mask"].sum() for b in ran_by_all)
+    expected = oracle.gradients(
+        net, {"loss": sum(scenes.masked(net, b) for b in ran_by_all)}, {"loss": weight}
+    )
+    for grads, said, _ in found:
+        assert said == weight.item() > 0 and oracle.error(grads, expected) <= EXACT
+
+
+def test_the_rate_of_a_rank_is_its_own():
+    """Without the time in which it has waited for others."""
+    for fast, other in ran(scenes.slow, 2):
+        assert fast > 4 * other > 0
+
+
 def test_each_rank_finds_its_own_budget():
     """One has nothing to measure on at first."""
     first, other = ran(scenes.automatic, 2)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -111,13 +112,34 @@ def test_two_ranks_say_and_write_once_what_one_does(inputs, whole, tmp_path):
 
 def test_a_killed_rank_is_started_anew_and_nothing_is_lost(inputs, whole, tmp_path):
     output = tmp_path / "out"
-    process = started(inputs, output, 2)
+    output.mkdir()
+    process = started(inputs, output, 2, "--resume_from_checkpoint=auto")
     wait_for(process, lambda: len(lines(output)) > 4)
     os.kill(workers(process)[-1], signal.SIGKILL)
     out, err = ended(process)
     assert process.returncode == 0, err
     assert "resume " in err and json.loads(out)["step"] == STEPS
     same(output, whole)
+
+
+def test_a_restart_does_not_take_the_folder_of_another_run(inputs, whole, tmp_path):
+    output = shutil.copytree(whole, tmp_path / "out")
+    shutil.rmtree(output / f"checkpoint-{STEPS}")
+    before = {path: path.stat() for path in output.rglob("*") if path.is_file()}
+    process = started(inputs, output, 2, restarts=1)
+    _, err = ended(process)
+    assert process.returncode != 0
+    assert err.count("is not empty, and nothing is overwritten") == 2, "at each start"
+    assert {path: path.stat() for path in output.rglob("*") if path.is_file()} == before
+
+
+def test_restarts_that_would_be_refused_are_told_before(inputs, tmp_path):
+    for words, told in (((), True), (("--resume_from_checkpoint=auto",), False)):
+        output = tmp_path / str(told)
+        process = started(inputs, output, 2, "--max_steps=1", *words)
+        _, err = ended(process)
+        assert process.returncode == 0, err
+        assert ("warning: after a restart by torchrun" in err) == told
 
 
 def test_a_signal_to_one_rank_stops_all_and_another_number_goes_on(inputs, whole, tmp_path):
