@@ -300,16 +300,18 @@ def test_a_gpu_is_planned_for_without_one():
 
 
 def test_replicas_take_a_share_each_and_a_bucket():
-    alone = gradaccum.plan(CONFIG, effective_batch=8, memory="8GiB", lengths=64)
-    four = gradaccum.plan(CONFIG, effective_batch=30, memory="8GiB", lengths=64, ranks=4)
+    given = {"memory": "8GiB", "lengths": 64, "checkpointing": False}
+    alone = gradaccum.plan(CONFIG, effective_batch=8, **given)
+    four = gradaccum.plan(CONFIG, effective_batch=30, ranks=4, **given)
     held = 4 * LlamaForCausalLM(CONFIG).num_parameters()  # less than a bucket
-    pairs = list(zip(alone.options, four.options, strict=True))
-    for one, each in pairs:
-        assert one.budget == each.budget and each.sync is None
+    more = []
+    for each in four.options:
+        one = next(o for o in alone.options if (o.budget, o.chunk) == (each.budget, each.chunk))
+        assert each.sync is None
         if one.num_micros > 1:  # the whole at once finds no gradients, where it is confirmed
-            # Where the optimizer's step takes most, the bucket does not add to it.
-            assert 0 <= each.peak_bytes - one.peak_bytes <= held
-    assert max(each.peak_bytes - one.peak_bytes for one, each in pairs[:-1]) == held
+            more.append(each.peak_bytes - one.peak_bytes)
+    # Where the optimizer's step takes most, the bucket does not add to it.
+    assert min(more) >= 0 and max(more) == held
     assert str(four).startswith("effective batch 30 on 4 ranks of 8.0 GiB: ")
     assert str(four.spread) == "4 replicas" and four.spread.micro_bytes == 0
     assert four.spread.step_bytes == pytest.approx(2 * held * 3 / 4)
@@ -332,7 +334,7 @@ def test_shards_are_gathered_and_reduced_as_memory_allows():
     parts = {sync: option.categories for sync, option in least.items()}
     assert parts["each"]["gradients"] == pytest.approx(num / 8, rel=1e-3)
     assert parts["once"]["gradients"] == parts["hold"]["gradients"] == num
-    assert parts["hold"]["parameters"] == pytest.approx(num * 9 / 8, rel=1e-3)
+    assert num * 9 / 8 < parts["hold"]["parameters"] < num * 9 / 8 * 1.12  # and what is gathered
     assert parts["once"]["parameters"] == parts["each"]["parameters"] < parts["hold"]["parameters"]
     sums = [option.peak_bytes for option in least.values()]
     assert sums == sorted(sums, reverse=True)

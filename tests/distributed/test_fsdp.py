@@ -365,9 +365,7 @@ def test_the_plan_knows_what_a_rank_takes():
     planned = {o.sync: o.peak_bytes for o in plan.options if o.chunk is None and o.rows == rows}
     for mode, peaks in zip(MODES, found, strict=True):
         for peak in peaks:
-            assert (
-                0.93 <= planned[mode] / peak <= 1.2
-            )  # seen: 1.00 to 1.13
+            assert 0.93 <= planned[mode] / peak <= 1.2  # seen: 1.00 to 1.13
 
 
 def test_the_mode_follows_from_the_memory_there_is():
