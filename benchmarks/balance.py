@@ -16,14 +16,9 @@ padding; beside it are the number of micro-batches of a rank and the padded toke
 
 "plan": one epoch of a million examples, 32 for each rank a step. Every rank plans for itself. Times
 are CPU times. The peak memory is what planning adds to a process that has the costs in memory.
-Bytes are what one rank sends in a step, by formula and not measured, for P parameters, W ranks, m
-micro-batches a rank (ours under 4,096 tokens), with parameters gathered in bfloat16 and gradients
-reduced in float32, by rings:
-
-    replicated     all-reduce                                     2 (W - 1) / W * 4 P
-    FSDP2, each    two all-gathers and a reduce-scatter a micro   m (W - 1) / W * (2 * 2 P + 4 P)
-    FSDP2, defer   two all-gathers a micro, one reduce-scatter    (W - 1) / W * (m * 2 * 2 P + 4 P)
-    FSDP2, once    one all-gather and one reduce-scatter a step   (W - 1) / W * (2 P + 4 P)
+Bytes are what one rank sends in a step by rings, by the planner's formulas and not measured
+(`gradaccum/memory/spread.py`), with ours under 4,096 tokens, parameters gathered in bfloat16 and
+gradients reduced in float32: as replicas, and sharded over all ranks in each mode of `sync`.
 """
 
 import argparse
@@ -43,8 +38,10 @@ from transformers.trainer_pt_utils import BatchRebalanceSampler
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import gradaccum
+from gradaccum.memory.spread import Group, Spread
 from gradaccum.sampler import EffectiveBatchSampler
 from gradaccum.split import split
+from gradaccum.sync.modes import MODES
 
 EXAMPLES = 1_000_000
 PARAMETERS = 8_000_000_000
@@ -175,7 +172,9 @@ def plan(world: int) -> dict[str, Any]:
         loads.append([float(lengths[s].sum()) for s in sampler.shares(step * size)])
         num_micros += len(cut(share, tokens, BUDGETS[1]))
     micros = num_micros / len(loads)
-    part = (world - 1) / world * PARAMETERS
+    whole = Group(2 * PARAMETERS, 4 * PARAMETERS)
+    ways = [Spread(world, 1, None, (), whole, 1.0)]
+    ways += [Spread(world, world, mode, (), whole, 1.0) for mode in MODES]
     return {
         "order_seconds": round(ordered, 3),
         "steps": len(own_shares),
@@ -185,10 +184,8 @@ def plan(world: int) -> dict[str, Any]:
         "balance": spread(torch.tensor(loads)),
         "micro_batches": round(micros, 2),
         "bytes_sent_a_step": {
-            "replicated": round(2 * part * 4),
-            "fsdp2_each": round(micros * part * 8),
-            "fsdp2_defer": round(part * (micros * 4 + 4)),
-            "fsdp2_once": round(part * 6),
+            str(way.sync or "replicated"): round(micros * way.micro_bytes + way.step_bytes)
+            for way in ways
         },
     }
 

@@ -184,8 +184,9 @@ class Accumulator:
         """
         hearing = self._hearing or Hearing(Alone())
         before = Random()
-        is_shared = hearing.ranks.world > 1 or num_ranks() > 1  # the second if prepared ahead
-        host = as_batch(batch, self._collate, trim=self.objective.trim, may_be_empty=is_shared)
+        host = as_batch(
+            batch, self._collate, trim=self.objective.trim, may_be_empty=num_ranks() > 1
+        )
         micros = split(host, self.objective, self.budget.within(self.limit))
         inputs = tuple(host.take(micro.examples) for micro in micros)
         drawn = before, Random()

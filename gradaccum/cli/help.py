@@ -115,7 +115,7 @@ usage: gradaccum plan [flags of train] [--memory 24GiB] [--device cpu|cuda] [--r
 
 Say what a step of these flags takes and which way of running it is fastest, before it runs. The
 step is traced on a model without data: a directory with a config.json suffices, and a model of
-8 billion parameters takes under a minute and 0.7 GiB on a laptop.
+8 billion parameters takes up to a minute and 0.7 GiB on two cores.
 
   gradaccum plan                                              the embedded example, on this machine
   gradaccum plan --model_name_or_path ./model --effective_batch_size 64 --max_length 2048 \\
