@@ -23,7 +23,7 @@ def worker(config: dict) -> None:
 
 
 def main(folder: str, num_steps: int = 20, num_workers: int = 2) -> None:
-    ray.init(num_cpus=num_workers + 1, runtime_env={"env_vars": {"PYTHONPATH": FOLDER}})
+    ray.init(num_cpus=num_workers + 1)
     trainer = TorchTrainer(
         worker,
         train_loop_config={"folder": folder, "num_steps": num_steps},

@@ -337,10 +337,12 @@ class Accumulator:
         """Halve the budget from what did not fit."""
         num = len(failed.examples)
         if num == 1:
+            holds_more = self._sync in ("once", "hold")
+            hint = f"sync='each', or {LESS_MEMORY}" if holds_more else LESS_MEMORY
             raise DoesNotFit(
                 f"example {failed.examples[0]} of the effective batch, of size {failed.size:,}, "
                 f"does not fit into memory by itself: {said}",
-                hint=LESS_MEMORY,
+                hint=hint,
             )
         is_by_size = self.budget.tokens is not None and failed.size > 1
         half = Budget(tokens=failed.size // 2) if is_by_size else Budget(examples=num // 2)

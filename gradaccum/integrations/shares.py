@@ -26,8 +26,9 @@ from gradaccum.stream import EffectiveBatchStream
 logger = logging.getLogger(__name__)
 
 Speeds = list[float] | None
-# Equal ranks differ by up to 1.07 in the median of 16 steps, and by 4.9 in one (docs/log.md): noise
-# changes nothing. A rank that is slower by 1.25 costs two ranks a ninth of a step, many a fifth.
+# Equal ranks differed by up to 3.2 in a step and 1.39 in the median of 16, but in no two rounds of 16
+# one after the other by 1.25 (docs/log.md): noise changes nothing. A rank that is slower by 1.25
+# costs two ranks a ninth of a step, many a fifth.
 STEPS, FACTOR = 16, 1.25
 
 
@@ -71,21 +72,25 @@ class Shares(BatchSampler):
     def follow(self, rates: Sequence[float]) -> None:
         """Let the shares follow how fast ranks are, where they differ by more than `FACTOR`.
 
-        All ranks call this after each step and with the same numbers. They judge by the median of
-        `STEPS` steps, and deal by it from a batch on that none of them has read.
+        All ranks call this after each step and with the same numbers. They judge by the medians of
+        the last two rounds of `STEPS` steps, each by itself and both together, and deal by it from
+        a batch on that none of them has read.
 
         Args:
             rates: What each rank did in a second; 0 where it is not known.
         """
         if min(rates) > 0:
             self._rates.append(rates)
-        if len(self._rates) < STEPS:
+        if len(self._rates) < 2 * STEPS:
             return
-        found = [median(of_rank) for of_rank in zip(*self._rates, strict=True)]
+        rounds = self._rates[:STEPS], self._rates[STEPS:], self._rates
+        medians = [[median(of_rank) for of_rank in zip(*rates, strict=True)] for rates in rounds]
+        found, now = medians[-1], self._speeds[-1][1] or [1.0] * self._world
+        changes = [[r / speed for r, speed in zip(each, now, strict=True)] for each in medians]
+        del self._rates[:STEPS]
+        if min(map(_spread, changes)) <= FACTOR:
+            return
         self._rates.clear()
-        now = self._speeds[-1][1] or [1.0] * self._world
-        if _spread([rate / speed for rate, speed in zip(found, now, strict=True)]) <= FACTOR:
-            return
         speeds = relative(found, self._world) if _spread(found) > FACTOR else None
         told: list[tuple[int, Speeds]] = gather_object([(self._num_read, speeds)])
         if any(other != speeds for _, other in told):

@@ -110,14 +110,14 @@ class Steps(TrainerCallback):
 
 
 def uneven(rank: int, world: int, full_determinism: bool = False) -> dict:
-    """Train five epochs of five steps; by its clock the second rank takes thrice as long."""
+    """Train eight epochs of five steps; by its clock the second rank takes thrice as long."""
     data = Seen(token_rows(40))
     trainer, record = trainers.build(
         Path(tempfile.mkdtemp()),
         data=data,
         attach={"effective_batch_size": BATCH, "budget": gradaccum.Budget(examples=2)},
         remove_unused_columns=False,
-        num_train_epochs=5,
+        num_train_epochs=8,
     )
     trainer.args.full_determinism = full_determinism
     steps = Steps(trainer)
@@ -157,11 +157,12 @@ def followed(rank: int, world: int) -> dict:
 
     read += [next(reading) for _ in range(1 + 3 * rank)]
     after([0.0, 0.0], 1)
-    after([1.2, 1.0], 16)  # not enough to follow
-    after([2.0, 1.0], 15)
-    after([1.0, 9.0], 1)  # one of the sixteen
+    after([2.0, 1.0], 16)  # a single round of noise
+    after([1.2, 1.0], 32)  # not enough to follow
+    after([2.0, 1.0], 31)
+    after([1.0, 9.0], 1)  # one of a round
     read += reading
-    after([1.9, 1.0], 16)  # as they are dealt already
+    after([1.9, 1.0], 32)  # as they are dealt already
     again = list(shares)
-    after([1.0, 1.1], 16)  # the same again
+    after([1.0, 1.1], 32)  # the same again
     return {"read": read, "again": again, "even": list(shares)}

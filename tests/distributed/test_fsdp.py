@@ -242,6 +242,7 @@ def test_one_example_does_not_fit():
         one, other = windows([job], 2)[0]
         assert one[0]["error"].startswith("PeerFailed: rank 1 of 2 failed in this step: DoesNotFit")
         assert other[0]["error"].startswith("DoesNotFit: example 0 of the effective batch")
+        assert ("sync='each'" in other[0]["error"]) == (mode == "hold")
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -162,10 +162,10 @@ def test_a_slow_rank_has_a_smaller_share(two):
     for found in two["uneven"]:
         same(found, one)
         # Known from the second step on, and one batch has been read ahead.
-        assert found["shares"] == [[4, 4]] * 18 + [[6, 2]] * 7
+        assert found["shares"] == [[4, 4]] * 34 + [[6, 2]] * 6
     asked = sorted(i for found in two["uneven"] for i in found["asked"])
-    assert asked == sorted(5 * list(range(40)))
+    assert asked == sorted(8 * list(range(40)))
 
 
 def test_full_determinism_keeps_shares_even(two):
-    assert two["determined"][0]["shares"] == [[4, 4]] * 25
+    assert two["determined"][0]["shares"] == [[4, 4]] * 40
