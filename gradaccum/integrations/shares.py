@@ -26,9 +26,9 @@ from gradaccum.stream import EffectiveBatchStream
 logger = logging.getLogger(__name__)
 
 Speeds = list[float] | None
-# Equal ranks differed by up to 3.2 in a step and 1.39 in the median of 16, but in no two rounds of 16
-# one after the other by 1.25 (docs/log.md): noise changes nothing. A rank that is slower by 1.25
-# costs two ranks a ninth of a step, many a fifth.
+# Equal ranks differed by up to 3.2 in a step and 1.39 in the median of 16, but not by 1.25 in two
+# rounds of 16 one after the other (docs/log.md): noise changes nothing. A rank that is slower by
+# 1.25 costs two ranks a ninth of a step, many a fifth.
 STEPS, FACTOR = 16, 1.25
 
 
