@@ -1,12 +1,13 @@
 """accelerate: a prepared model, mixed precision and a scheduler, at an effective batch of 48.
 
 python examples/accelerate_loop.py
+accelerate launch --multi_gpu --num_processes 2 examples/accelerate_loop.py  # the same batches
 """
 
 import random
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DataLoaderConfiguration
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -32,15 +33,21 @@ def model() -> nn.Module:
 
 def main(num_steps: int = 15) -> list[float]:
     torch.manual_seed(0)
-    accelerator = Accelerator(mixed_precision="bf16", cpu=not torch.cuda.is_available())
+    accelerator = Accelerator(
+        mixed_precision="bf16",
+        cpu=not torch.cuda.is_available(),
+        # A batch is one of all ranks; else each step would step the scheduler once per rank.
+        dataloader_config=DataLoaderConfiguration(split_batches=True),
+    )
     net = model()
     optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=num_steps)
-    # Whole effective batches. Prepared or not, they are right; left out here, since `prepare`
-    # would move all of a batch to the device at once, where the accumulator moves its parts.
-    loader = torch.utils.data.DataLoader(
-        repetitions(48 * num_steps), batch_size=48, collate_fn=list
-    )
+    data = repetitions(48 * num_steps)
+    costs = [len(example["input_ids"]) for example in data]
+    # This rank's share of each effective batch. Left out of `prepare`, which would move all of it
+    # to the device at once, where the accumulator moves its parts.
+    sampler = gradaccum.EffectiveBatchSampler(data, 48, costs=costs)
+    loader = torch.utils.data.DataLoader(data, batch_sampler=sampler, collate_fn=list)
     net, optimizer, scheduler = accelerator.prepare(net, optimizer, scheduler)
 
     accumulator = gradaccum.Accumulator(
@@ -50,8 +57,8 @@ def main(num_steps: int = 15) -> list[float]:
         backward=backward_of(accelerator),
     )
     losses = []
-    for batch in loader:
-        step = accumulator.backward(batch)  # was: with accelerator.accumulate(net): ...
+    for share in loader:
+        step = accumulator.backward(share)  # was: with accelerator.accumulate(net): ...
         accelerator.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
         scheduler.step()

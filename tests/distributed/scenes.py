@@ -592,6 +592,21 @@ def disagreeing(rank: int, world: int, how: str) -> list[tuple[str, str, float]]
     return [*found, raised(lambda: acc.backward(rows))]
 
 
+def doubled(rank: int, world: int, is_doubled: bool) -> list[str]:
+    """Take two steps, after a share was run again for want of memory; return what was warned of."""
+    case = Case(dealt(*[6] * world), (2,) * world)
+    net = case.net()
+    net.traps["forward"] = Trap([1])
+    acc = accumulator(case, rank, net)
+    rows = case.rows(0, case.shares[0 if is_doubled else rank])
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            acc.backward(rows)
+            net.zero_grad()
+    return [str(warning.message) for warning in found]
+
+
 def killed(rank: int, world: int, when: str, folder: str, alive: float) -> dict[str, Any]:
     """Kill rank 1; the others stay for some seconds, so that none is told by another's end."""
     replicated.BUCKET_BYTES = 400

@@ -1,12 +1,16 @@
 """Attached trainers on several ranks: the gradients, batches and logs of one process."""
 
 import itertools
+import os
+import re
+import subprocess
+import sys
 
 import pytest
 
 from gradaccum.dealing import deal
 from tests.distributed import hosts
-from tests.distributed.launch import free_port, run_many, values
+from tests.distributed.launch import ROOT, free_port, run_many, values
 
 KINDS = ("sft dft", "sft experts", "dpo", "reward centred", "kto", "orpo")
 ON_EACH = [
@@ -115,6 +119,26 @@ def test_a_rank_without_memory_recovers_while_the_other_waits(one, two):
 def test_a_loop_of_accelerate(one, two):
     for found in two["accelerate_loop",]:
         assert hosts.relative(found, one["accelerate_loop",]) <= 1e-12
+
+
+def test_accelerate_launch():
+    """The example, whose loader yields shares, as a user starts it."""
+    options = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", *options]
+    launcher += ["--main_process_port", str(free_port())]
+    said = []
+    for command in ([], launcher):
+        done = subprocess.run(
+            [sys.executable, *command, str(ROOT / "examples" / "accelerate_loop.py")],
+            env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+            capture_output=True, text=True, timeout=DEADLINE,
+        )  # fmt: skip
+        said.append(re.findall(r"loss ([\d.]+) \| ([\d,]+) shifted tokens in", done.stdout))
+        assert done.returncode == 0 and len(said[-1]) == 15, done.stderr
+        assert "same examples" not in done.stderr
+    for (loss, tokens), (other, others) in zip(*said, strict=True):
+        assert float(loss) == pytest.approx(float(other), rel=2e-3)  # in bfloat16
+        assert tokens == others
 
 
 def test_what_ranks_would_do_apart_is_refused(two):

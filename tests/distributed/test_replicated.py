@@ -538,6 +538,13 @@ def test_ranks_that_would_train_different_things_raise(how, text):
             assert kind == "RankDisagreement" and text in said
 
 
+def test_ranks_that_have_the_same_examples_are_warned_once():
+    """A loader that shares nothing out."""
+    (warning,), *others = ran(scenes.doubled, 3, True)
+    assert warning.startswith("rank 1 has the same examples as rank 0") and others == [[], []]
+    assert ran(scenes.doubled, 3, False) == [[], [], []]
+
+
 def test_a_parameter_that_is_frozen_later_on_one_rank():
     for (first, _, _), (kind, said, _) in ran(scenes.disagreeing, 2, "later"):
         assert first == "" and kind == "RankDisagreement" and "9 parameters" in said
