@@ -187,9 +187,9 @@ class Groups:
                 raise BadInput(f"{name} is a DTensor, and fully_shard has not made it")
 
     @property
-    def replicas(self) -> int:
-        """Return how many copies of the model there are."""
-        return len(self.shards)
+    def is_hybrid(self) -> bool:
+        """Tell whether there is an axis of replicas (HSDP), if only of one: torch reduces so."""
+        return hasattr(self.all[0].mesh_info, "replicate_process_group")
 
     @property
     def staged_bytes(self) -> int:
@@ -370,7 +370,7 @@ class Groups:
         most, missing = 0, 0
         for group in self.all:
             trained = _trained(group)
-            if not trained or (self.mode == "each" and self.replicas == 1):
+            if not trained or (self.mode == "each" and not self.is_hybrid):
                 continue
             wide = _sum_dtype(group, trained[0])
             num = sum(p.padded_sharded_param_size.numel() for p in trained)
@@ -390,7 +390,7 @@ class Groups:
         for group in self.all:
             trained = _trained(group)
             chosen = [p for p in trained if wanted.get(p.sharded_param)]
-            if self.mode == "each" and self.replicas == 1:
+            if self.mode == "each" and not self.is_hybrid:
                 for p in trained:
                     if p not in chosen:
                         p.sharded_param.grad = None  # the zeros that were added for it
@@ -401,7 +401,7 @@ class Groups:
                 flat, parts = group._partial_reduce_output, trained
             else:
                 flat, parts = self._scattered(group, chosen), chosen
-            if self.replicas > 1:
+            if self.is_hybrid:
                 collective(dist.all_reduce, flat, group=group.mesh_info.replicate_process_group)
             begin = 0
             for p in parts:
@@ -418,6 +418,13 @@ class Groups:
                         stride=own.stride(),
                     )
                 begin += p.padded_sharded_param_size.numel()
+        lost = [p for p in self.owners if wanted.get(p) and p.grad is None]
+        if lost:  # never a step without them
+            raise BadInput(
+                f"FSDP2 of torch {torch.__version__} has left no gradient in {len(lost)} "
+                "parameters that have one",
+                hint='Accumulator(..., sync="once"), and please report the mesh and the versions',
+            )
 
     def _scattered(self, group: Any, chosen: list[Any]) -> Tensor:
         """Return the sum over a shard group of what this rank keeps of some gradients, flat."""

@@ -222,9 +222,10 @@ def build(world, options):
     options = dict(options)
     how, dtype = options.pop("how", "nested"), options.pop("dtype", torch.float64)
     hidden, is_checkpointed = options.pop("hidden", 15), options.pop("is_checkpointed", False)
-    ignored, is_hsdp = options.pop("ignored", ()), options.pop("hsdp", False)
-    if is_hsdp:
-        options["mesh"] = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replica", "shard"))
+    ignored, replicas = options.pop("ignored", ()), options.pop("replicas", 0)
+    if replicas:
+        shape = (replicas, world // replicas)
+        options["mesh"] = init_device_mesh("cpu", shape, mesh_dim_names=("replica", "shard"))
     model = Net(hidden, dtype, is_checkpointed)
     if ignored:
         options["ignored_params"] = {dict(model.named_parameters())[name] for name in ignored}
@@ -342,7 +343,7 @@ def left_alone(rank, world, mode):
 
 def training(rank, world, mode, hsdp=False):
     """Train for 5 steps, with clipping; return norms and parameters."""
-    model = build(world, {"hsdp": hsdp})
+    model = build(world, {"replicas": 2 * hsdp})
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.05, weight_decay=0.3)
     accumulator = Accumulator(model, OBJECTIVE, budget=Budget(examples=4), sync=mode)
     norms = []
@@ -655,7 +656,7 @@ def refused(rank, world):
 
 def unequal_replicas(rank, world):
     """Return what is said of replicas of a shard that are not equal."""
-    model = build(world, {"hsdp": True})
+    model = build(world, {"replicas": 2})
     with torch.no_grad():
         model.scale.to_local().add_(rank == 3)
     return error_of(Accumulator(model, OBJECTIVE, budget=Budget(examples=4)), 0)

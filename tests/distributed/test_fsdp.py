@@ -128,7 +128,7 @@ def test_four_ranks_and_parts_of_them():
 def test_replicas_of_shards_run_windows_of_their_own():
     """HSDP: 3 micro-batches in one replica, 5 in the other; replicas are summed once."""
     cuts = (0, 4, 12, 13, 32)  # 1, 2 | 1, 5
-    jobs = [(mode, {"hsdp": True}, 2, cuts) for mode in MODES]
+    jobs = [(mode, {"replicas": 2}, 2, cuts) for mode in MODES]
     for mode, by_rank in zip(MODES, windows(jobs, 4), strict=True):
         check_windows(by_rank)
         for rank, found in enumerate(by_rank):
@@ -143,9 +143,19 @@ def test_replicas_of_shards_run_windows_of_their_own():
             assert all(value is other or torch.equal(value, other) for other in others)
 
 
+@pytest.mark.parametrize(("replicas", "world"), [(1, 1), (1, 2), (2, 2)])
+def test_an_axis_of_one(replicas, world):
+    """One replica, and shards that are whole."""
+    fault = {world - 1: ("middle", [1], "memory")}
+    options = {"replicas": replicas}
+    jobs = [(mode, options, 2, None, 4, fault) for mode in MODES]
+    for by_rank in windows(jobs, world):
+        check_windows(by_rank)
+
+
 def test_a_replica_without_examples():
     cuts = (0, 12, 32, 32, 32)
-    for by_rank in windows([(mode, {"hsdp": True}, 1, cuts) for mode in MODES], 4):
+    for by_rank in windows([(mode, {"replicas": 2}, 1, cuts) for mode in MODES], 4):
         check_windows(by_rank)
 
 
@@ -199,9 +209,9 @@ def test_memory_runs_out_where_more_is_gathered_or_replicated():
 
 def test_memory_runs_out_in_one_replica():
     jobs = [
-        ("each", {"hsdp": True}, 2, None, 4, {1: ("last", [0], "memory")}),
-        ("once", {"hsdp": True}, 2, None, 4, dict.fromkeys((2, 3), ("middle", [1], "memory"))),
-        ("hold", {"hsdp": True}, 2, None, 4, dict.fromkeys((0, 3), ("middle", [0], "memory"))),
+        ("each", {"replicas": 2}, 2, None, 4, {1: ("last", [0], "memory")}),
+        ("once", {"replicas": 2}, 2, None, 4, dict.fromkeys((2, 3), ("middle", [1], "memory"))),
+        ("hold", {"replicas": 2}, 2, None, 4, dict.fromkeys((0, 3), ("middle", [0], "memory"))),
     ]
     for by_rank in windows(jobs, 4):
         check_windows(by_rank)
