@@ -12,7 +12,6 @@ scaler, the scheduler and logging are not here and never will be: they belong to
 
 import dataclasses
 import functools
-import hashlib
 import logging
 import math
 import warnings
@@ -40,7 +39,8 @@ from gradaccum.split import split
 from gradaccum.state import Past, Random, accumulating, batch_norms
 from gradaccum.sync.alone import AGAIN, Alone, Hearing, Message, OtherQuestions
 from gradaccum.sync.choose import is_sharded, module_of, num_ranks, ranks_of
-from gradaccum.trees import named_leaves, to_device
+from gradaccum.sync.replicated import digest, warn_of_same
+from gradaccum.trees import to_device
 from gradaccum.types import Budget, Micro, Recovery, Share, Step
 
 KEPT = 2**20  # elements of buffers that are kept in each step, to be put back if it runs again
@@ -206,7 +206,7 @@ class Accumulator:
             rate = self._rate if is_own else 0.0
             own = {"share": share, "num_runs": num_runs, "rate": rate}
             if self._is_first and hearing.ranks.world > 1:
-                own["examples"] = _digest(inputs)
+                own["examples"] = digest(inputs)
             return hearing.exchange(message | own)
 
         if objective.resolve is not None:
@@ -380,7 +380,7 @@ class Accumulator:
         if not any(share.num_examples for share in given):
             raise BadInput("the effective batch has no examples")
         if ranks.rank == 0:
-            _warn_of_same([said.get("examples", "") for said in heard])
+            warn_of_same([said.get("examples", "") for said in heard])
         _refuse_coupled(self.model, sum(share.num_micros for share in given))
         device = parameters[0].device
         stop = device_memory.stopwatch(device)
@@ -518,29 +518,6 @@ def _require_cleared(parameters: list[nn.Parameter], ranks: Alone) -> None:
         )
     for p in parameters:
         p.grad = None
-
-
-def _digest(inputs: Any) -> str:
-    """Return what tells these inputs from others; nothing where they hold no dense tensor."""
-    leaves = [leaf for _, leaf in named_leaves(inputs) if isinstance(leaf, Tensor)]
-    leaves = [leaf for leaf in leaves if leaf.layout == torch.strided]
-    found = hashlib.sha256()
-    for leaf in leaves:
-        bits = leaf.detach().cpu().contiguous().view(-1).view(torch.uint8)
-        found.update(f"{leaf.dtype} {tuple(leaf.shape)}".encode() + bits.numpy().tobytes())
-    return found.hexdigest() if leaves else ""
-
-
-def _warn_of_same(digests: Sequence[str]) -> None:
-    """Warn if ranks have the same examples, as of a loader that shares nothing out."""
-    same = [rank for rank, digest in enumerate(digests) if digest and digest in digests[:rank]]
-    if same:
-        first = digests.index(digests[same[0]])
-        warnings.warn(
-            f"rank {same[0]} has the same examples as rank {first}, so that they count twice: let "
-            "each rank have its share of the effective batch, by gradaccum.EffectiveBatchSampler",
-            stacklevel=4,
-        )
 
 
 def _is_ragged(micros: tuple[Micro, ...]) -> bool:

@@ -7,6 +7,8 @@ windows of their own, of any number of micro-batches, even none.
 
 import hashlib
 import json
+import warnings
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from datetime import timedelta
 from typing import Any
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 from gradaccum.device import is_out_of_memory
 from gradaccum.errors import PeerFailed, RankDisagreement
 from gradaccum.sync.alone import Alone, Message
+from gradaccum.trees import named_leaves
 
 # A rank may be busy for long while the others wait: it recovers, evaluates, compiles. One that is
 # killed is noticed at once, since its connections close.
@@ -192,6 +195,34 @@ def fingerprints(named: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
     return {
         name: f"{tuple(p.shape)} {p.dtype} {p.requires_grad} {value}" for (name, p), value in pairs
     }
+
+
+def digest(inputs: Any) -> str:
+    """Return what tells collated inputs from others; nothing where they hold no dense tensor."""
+    leaves = [leaf for _, leaf in named_leaves(inputs) if isinstance(leaf, Tensor)]
+    leaves = [leaf for leaf in leaves if leaf.layout == torch.strided]
+    found = hashlib.sha256()
+    for leaf in leaves:
+        bits = leaf.detach().cpu().contiguous().view(-1).view(torch.uint8)
+        found.update(f"{leaf.dtype} {tuple(leaf.shape)}".encode() + bits.numpy().tobytes())
+    return found.hexdigest() if leaves else ""
+
+
+def warn_of_same(digests: Sequence[str]) -> None:
+    """Warn the caller of `backward` if ranks have the same examples: their loader shares none out.
+
+    Args:
+        digests: Of each rank's inputs; "" where they are not known.
+    """
+    ((common, num),) = Counter(filter(None, digests)).most_common(1) or [("", 0)]
+    if num > 1:
+        first, second = [rank for rank, own in enumerate(digests) if own == common][:2]
+        warnings.warn(
+            f"{num} ranks, {first} and {second} among them, have the same examples, so that each "
+            f"counts {num} times: let each rank have its share of the effective batch, by "
+            "gradaccum.EffectiveBatchSampler",
+            stacklevel=4,
+        )
 
 
 def collective(function: Any, *args: Any, group: Any) -> None:

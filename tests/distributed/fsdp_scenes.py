@@ -25,6 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import gradaccum
 from gradaccum import Budget, Objective, device
 from gradaccum.engine import Accumulator
+from gradaccum.sync.fsdp import Groups
 from tests import models
 
 ROWS, WIDTH, CLASSES = 32, 8, 5
@@ -604,6 +605,13 @@ def varied(rank, world):
         return forward(*args)
 
     model.forward = varying
+    return error_of(Accumulator(model, OBJECTIVE, budget=Budget(examples=4), sync="each"), rank)
+
+
+def lost(rank, world):
+    """Return what is said where gradients are not looked for where torch has put them."""
+    Groups.is_hybrid = False
+    model = build(world, {"replicas": 1})
     return error_of(Accumulator(model, OBJECTIVE, budget=Budget(examples=4), sync="each"), rank)
 
 

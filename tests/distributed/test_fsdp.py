@@ -153,6 +153,11 @@ def test_an_axis_of_one(replicas, world):
         check_windows(by_rank)
 
 
+def test_a_gradient_that_is_lost_is_no_step():
+    for said in run([(scenes.lost,)], 2)[0]:
+        assert "has left no gradient in" in said
+
+
 def test_a_replica_without_examples():
     cuts = (0, 12, 32, 32, 32)
     for by_rank in windows([(mode, {"replicas": 2}, 1, cuts) for mode in MODES], 4):

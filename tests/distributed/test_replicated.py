@@ -541,7 +541,10 @@ def test_ranks_that_would_train_different_things_raise(how, text):
 def test_ranks_that_have_the_same_examples_are_warned_once():
     """A loader that shares nothing out."""
     (warning,), *others = ran(scenes.doubled, 3, True)
-    assert warning.startswith("rank 1 has the same examples as rank 0") and others == [[], []]
+    assert warning.startswith("3 ranks, 0 and 1 among them, have the same examples") and others == [
+        [],
+        [],
+    ]
     assert ran(scenes.doubled, 3, False) == [[], [], []]
 
 

@@ -18,9 +18,11 @@ from gradaccum.checkpoint import Checkpoints
 from gradaccum.sync.replicated import Replicated
 from tests import oracle
 from tests.distributed import fsdp_scenes as scenes
-from tests.gpu.test_cuda import device, pytestmark
+from tests.gpu.test_cuda import device
 
-__all__ = ["pytestmark"]  # skipped where there is no accelerator
+pytestmark = pytest.mark.skipif(
+    not torch.accelerator.is_available(), reason="there is no accelerator"
+)
 MODES = ["each", "once", "hold"]
 
 
