@@ -190,7 +190,7 @@ class Accumulator:
             batch, self._collate, trim=self.objective.trim, may_be_empty=num_ranks() > 1
         )
         micros = split(host, self.objective, self.budget.within(self.limit))
-        inputs = tuple(host.take(micro.examples) for micro in micros)
+        inputs = tuple(self.objective.ready(host.take(micro.examples)) for micro in micros)
         drawn = before, Random()
         window = Window(tuple(micros), inputs, (), None, None, "", host, drawn, hearing)
         return self._counted(window, hearing)

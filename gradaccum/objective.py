@@ -5,6 +5,7 @@ foreign loss is reduced is measured in `contract.py`, not guessed here.
 """
 
 import math
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from gradaccum.errors import BadInput, CountMismatch
@@ -21,6 +23,9 @@ from gradaccum.types import IGNORE_INDEX
 Number = float | Tensor
 Weight = Number | Mapping[str, Number]
 CHUNK = 1024  # positions whose logits a leaner loss holds: enough to keep a product busy
+TRAINED = "trained_rows"  # added to a micro-batch: where its trained predictions are
+# Whether a model's logits are what its head returns, as far as that has been seen.
+_PLAIN: "weakref.WeakKeyDictionary[nn.Module, bool]" = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +51,8 @@ class Objective:
         resolve: Finds losses and weights out from the batch itself, in place of the two above; see
             `Measured.resolve`. Called with the model, the batch, the micro-batches, their collated
             inputs, and what exchanges a message with all ranks.
+        ready: Adds to a collated micro-batch, still on the host, what the loss would otherwise have
+            to ask the device for and wait.
         chunk: Positions that the loss takes at a time, if not all at once.
         leaner: The same loss in less memory and more time, if there is one.
 
@@ -63,6 +70,7 @@ class Objective:
     unit: str = "items"
     trim: bool = False
     resolve: Callable[..., "Resolved"] | None = None
+    ready: Callable[[Any], Any] = lambda micro: micro
     chunk: int | None = None
     leaner: "Objective | None" = None
 
@@ -131,16 +139,15 @@ def causal_lm(*, chunk: int | None = None) -> Objective:
     the model returns logits of shape (B, T, V), alone, first in a tuple or as `.logits`. Logits
     of 16 bits are reduced in float32. Weight: trained tokens. Size: padded tokens. Padding is
     trimmed: a causal model does not see what comes after, and `attention_mask` hides what comes
-    before.
+    before. Where the model's logits are what its `get_output_embeddings()` returns, as is looked at
+    once, only those of trained tokens are computed: none of prompts and padding.
 
     Args:
-        chunk: Hold the logits of so many positions at a time, and compute them again in backward:
-            less memory where V is large, for one more product with the head. Takes a model with
-            `get_output_embeddings()`, as those of transformers have, whose logits are what that
-            head returns.
+        chunk: Hold the logits of so many trained tokens at a time, and compute them again in
+            backward: less memory where V is large, for one more product with the head.
 
     Raises:
-        BadInput: `chunk` is below 1. At the first batch: the model has no such head.
+        BadInput: `chunk` is below 1. At the first batch, with `chunk`: the model has no such head.
 
     Example:
         >>> causal_lm().weight({"labels": torch.tensor([[-100, 5, 6], [1, 2, -100]])})
@@ -150,13 +157,14 @@ def causal_lm(*, chunk: int | None = None) -> Objective:
         raise BadInput(f"chunk={chunk!r} is not a whole number of at least 1")
 
     def loss(model: nn.Module, micro: dict[str, Any]) -> Tensor:
-        given = {key: value for key, value in micro.items() if key != "labels"}
+        given = {key: value for key, value in micro.items() if key not in ("labels", TRAINED)}
+        found_BTX, head = _before_head(model, given, is_required=chunk is not None)
+        rows = _at_trained(micro) if micro.get(TRAINED) is None else micro[TRAINED]
+        labels = micro["labels"].flatten()[rows + 1].to(found_BTX.device)
+        found_NX = found_BTX.flatten(0, 1).index_select(0, rows.to(found_BTX.device))
         if chunk is None:
-            logits_BTV = _logits(model(**given))
-            return _summed_nll(logits_BTV[:, :-1].flatten(0, 1), _targets(micro, logits_BTV))
-        hidden_BTD, head = _before_head(model, given)
-        labels = _targets(micro, hidden_BTD)
-        parts = zip(hidden_BTD[:, :-1].flatten(0, 1).split(chunk), labels.split(chunk), strict=True)
+            return _summed_nll(head(found_NX), labels)
+        parts = zip(found_NX.split(chunk), labels.split(chunk), strict=True)
         score = partial(checkpoint, lambda h, y: _summed_nll(head(h), y), use_reentrant=False)
         return torch.stack([score(*part) for part in parts]).sum()
 
@@ -166,13 +174,21 @@ def causal_lm(*, chunk: int | None = None) -> Objective:
         length,
         "trained tokens",
         trim=True,
+        ready=_with_trained,
         chunk=chunk,
         leaner=causal_lm(chunk=CHUNK) if chunk is None else None,
     )
 
 
-def _targets(micro: dict[str, Any], beside: Tensor) -> Tensor:
-    return micro["labels"][:, 1:].to(beside.device).flatten()
+def _with_trained(micro: Any) -> Any:
+    is_known = isinstance(micro, Mapping) and isinstance(micro.get("labels"), Tensor)
+    return dict(micro) | {TRAINED: _at_trained(micro)} if is_known else micro
+
+
+def _at_trained(micro: Mapping[str, Any]) -> Tensor:
+    """Return where trained tokens are predicted: one before them, in the flattened (B, T)."""
+    is_label = F.pad(_labels(micro)[:, 1:] != IGNORE_INDEX, (0, 1))
+    return is_label.flatten().nonzero()[:, 0]
 
 
 def _summed_nll(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
@@ -181,19 +197,47 @@ def _summed_nll(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
     return F.cross_entropy(logits_NV, labels_N, ignore_index=IGNORE_INDEX, reduction="sum")
 
 
-def _before_head(model: nn.Module, given: dict[str, Any]) -> tuple[Tensor, nn.Module]:
+def _before_head(
+    model: nn.Module, given: dict[str, Any], *, is_required: bool
+) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """Return what the model hands its head, shape (B, T, D), and the head.
 
-    The head is let through for one forward, so that this holds for wrapped models as well; what
-    the model then returns as logits has to be just that.
+    Where there is no such head, or its logits are changed: the logits, (B, T, V), and the identity.
+
+    Raises:
+        BadInput: It is required, and so.
     """
     find = getattr(model, "get_output_embeddings", None)
     head = find() if callable(find) else None
-    if not isinstance(head, nn.Module):
+    if is_required and not isinstance(head, nn.Module):
         raise BadInput(
             f"{type(model).__name__} has no output embeddings whose logits could be chunked",
             hint="causal_lm() without chunk",
         )
+    # A sharded head is gathered by the model's forward alone.
+    is_whole = isinstance(head, nn.Module) and not any(
+        isinstance(p, DTensor) for p in head.parameters()
+    )
+    if isinstance(head, nn.Module) and (is_required or (is_whole and _PLAIN.get(model, True))):
+        try:
+            hidden = _let_through(model, head, given)
+            _PLAIN[model] = True
+            return hidden, head
+        except Exception:
+            if is_required or model in _PLAIN:
+                raise
+    logits = _logits(model(**given))
+    _PLAIN[model] = False
+    return logits, lambda logits_NV: logits_NV
+
+
+def _let_through(model: nn.Module, head: nn.Module, given: dict[str, Any]) -> Tensor:
+    """Return what the model hands its head.
+
+    The head lets it through for one forward, so that this holds for wrapped models as well; what
+    the model then returns as logits has to be just that. It is compared once: that may wait for
+    the device.
+    """
     passed: list[Tensor] = []
     own = vars(head).get("forward")  # of those who wrap modules: offloading, kernels
     head.forward = lambda hidden: passed.append(hidden) or hidden
@@ -205,6 +249,7 @@ def _before_head(model: nn.Module, given: dict[str, Any]) -> tuple[Tensor, nn.Mo
             head.forward = own
     is_same = len(passed) == 1 and (
         logits is passed[0]
+        or model in _PLAIN
         or (logits.shape == passed[0].shape and torch.equal(logits.to(passed[0]), passed[0]))
     )
     if not is_same:
@@ -213,7 +258,7 @@ def _before_head(model: nn.Module, given: dict[str, Any]) -> tuple[Tensor, nn.Mo
             "so that they cannot be chunked",
             hint="causal_lm() without chunk",
         )
-    return passed[0], head
+    return passed[0]
 
 
 def unweighted(objective: Objective) -> Objective:

@@ -150,27 +150,26 @@ def trace(
 
 def _touching(kept: Callable[[], Any]) -> Callable[[nn.Module, Any], Tensor]:
     """Return a loss that uses every trained parameter and runs nothing else."""
-    alive = []
 
     def loss(model: nn.Module, _: Any) -> Tensor:
-        alive.append(kept())
-        return torch.stack([p.sum().float() for p in _trained(model)]).sum()
+        # They live as long as the loss, as those of a real one.
+        return torch.stack([p.sum().float() for p in (*_trained(model), *kept())]).sum()
 
     return loss
 
 
-def _kept(model: Any, rows: int, length: int) -> Callable[[], Any]:
-    """Return what makes that which a model keeps of a micro-batch while the next one runs.
+def _kept(model: Any, rows: int, length: int) -> Callable[[], list[Tensor]]:
+    """Return what makes the tensors beside parameters that get gradients in a micro-batch.
 
     With adapters and checkpointing, transformers makes the embedding's output a leaf
-    (`enable_input_require_grads`), which stays, with its gradient, until there is another.
+    (`enable_input_require_grads`), which stays, with its gradient, as long as its loss.
     """
     is_hooked = any(getattr(m, "_require_grads_hook", None) is not None for m in model.modules())
     weight = model.get_input_embeddings().weight if is_hooked else None
     if weight is None or weight.requires_grad:
         return list
     shape = (rows, length, weight.shape[-1])
-    return lambda: [torch.empty(shape, dtype=weight.dtype) for _ in range(2)]
+    return lambda: [torch.empty(shape, dtype=weight.dtype, requires_grad=True)]
 
 
 def as_trained(model: nn.Module) -> nn.Module:
