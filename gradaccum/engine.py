@@ -35,6 +35,7 @@ from gradaccum.errors import (
     RankDisagreement,
 )
 from gradaccum.objective import Objective, by_term, shares, sum_and_weight, unweighted
+from gradaccum.packing.plan import Layout
 from gradaccum.split import split
 from gradaccum.state import Past, Random, accumulating, batch_norms
 from gradaccum.sync.alone import AGAIN, Alone, Hearing, Message, OtherQuestions
@@ -103,6 +104,7 @@ class Accumulator:
         objective: What is minimised, see `Objective`.
         budget: How large one micro-batch may be. May be set anew between two calls. Once memory
             has run out, `limit` holds as well: half of what did not fit, until it is set to None.
+            With a `layout`, micro-batches run without padding, and cost the sum of their sizes.
         collate: Turns a list of examples into a micro-batch; `pad_collate` if not given.
         accumulate_dtype: Keep the sum at least this wide; None: in each parameter's own dtype.
         grad_dtype: Hand over gradients in this dtype, and leave `p.grad_dtype` at it; None: in
@@ -153,6 +155,7 @@ class Accumulator:
         self.objective = objective
         self.budget = budget
         self.limit: Budget | None = None
+        self.layout: Layout | None = None
         self._collate = collate
         self._accumulate_dtype = accumulate_dtype
         self._grad_dtype = grad_dtype
@@ -189,7 +192,9 @@ class Accumulator:
         host = as_batch(
             batch, self._collate, trim=self.objective.trim, may_be_empty=num_ranks() > 1
         )
-        micros = split(host, self.objective, self.budget.within(self.limit))
+        is_packed = self.layout is not None
+        budget = self.budget.within(self.limit)
+        micros = split(host, self.objective, budget, packed=is_packed)
         inputs = tuple(self.objective.ready(host.take(micro.examples)) for micro in micros)
         drawn = before, Random()
         window = Window(tuple(micros), inputs, (), None, None, "", host, drawn, hearing)
@@ -462,11 +467,12 @@ class Accumulator:
         losses: list[Tensor] = []
         reported: list[Tensor] = []
         filler = ranks.borrow(self._filler(window))
+        running = nullcontext if self.layout is None else self.layout.running
         for i, (micro, inputs) in enumerate(zip(window.micros, window.inputs, strict=True)):
             self._running = micro
             # A micro-batch without weight adds zero; running it could add 0 * inf instead.
             if window.weights is None or any(window.weights[i].values()):
-                with ranks.micro():
+                with ranks.micro(), running(inputs):
                     loss = window.losses[i](model, to_device(inputs, device))
                     if window.weights is None or window.totals is None:
                         part, weight = sum_and_weight(loss, device)

@@ -8,7 +8,9 @@ from torch import Tensor, nn
 from gradaccum.state import undisturbed
 
 
-def gradients(model: nn.Module, run: Callable[[], object]) -> list[Tensor]:
+def gradients(
+    model: nn.Module, run: Callable[[], object], *, most: int | None = None
+) -> list[Tensor]:
     """Return what `run` leaves in `.grad`, one float64 tensor on the CPU for each parameter.
 
     The model, its buffers and the random state are as before afterwards, and the gradients are
@@ -17,12 +19,16 @@ def gradients(model: nn.Module, run: Callable[[], object]) -> list[Tensor]:
     Args:
         model: In a mode without dropout, its gradients cleared.
         run: Leaves gradients, such as an accumulated step or one pass over the full batch.
+        most: About how many elements of each to return, spread over it; None: all.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     with undisturbed(model):
         run()
-    found = [(torch.zeros_like(p) if p.grad is None else p.grad).cpu().double() for p in parameters]
+    found = []
     for p in parameters:
+        grad = (torch.zeros_like(p) if p.grad is None else p.grad).to_dense()
+        step = 1 if most is None else p.numel() // most | 1  # odd, so as not to stay in one column
+        found.append((grad if step == 1 else grad.flatten()[::step]).cpu().double())
         p.grad = None
     return found
 

@@ -159,7 +159,7 @@ def test_every_operation_may_run_out_of_memory(scene, monkeypatch):
         same(found, half)
         phases.append(fails.phase)
     assert {"forward", "backward", "recomputation"} == set(phases)
-    assert len(phases) >= counted.num - 20  # 917 of the four scenes
+    assert len(phases) >= counted.num - 30  # of the four scenes
 
 
 def test_batch_norm_that_does_not_fit_at_once_is_refused_with_its_buffers_put_back():

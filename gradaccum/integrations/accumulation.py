@@ -50,6 +50,7 @@ class Cut:
         self._on_cpu = on_cpu
         # Workers are there before a budget is found, and read it here; 0 is no bound.
         self._bounds = torch.zeros(2, dtype=torch.long).share_memory_()
+        self._packed = torch.zeros((), dtype=torch.bool).share_memory_()
         self.set(budget)
 
     @property
@@ -62,6 +63,15 @@ class Cut:
         """Return its tokens and examples, as checkpoints keep them."""
         bounds = [bound or None for bound in self._bounds.tolist()]
         return bounds if any(bounds) else None
+
+    @property
+    def packed(self) -> bool:
+        """Return whether micro-batches run without padding."""
+        return bool(self._packed)
+
+    @packed.setter
+    def packed(self, packed: bool) -> None:
+        self._packed.fill_(packed)
 
     def set(self, budget: Budget | None) -> None:
         """Set the budget of the batches that follow."""
@@ -145,7 +155,8 @@ def carry(examples: list[Any], *, collate: Collate, cut: Cut) -> Examples:
     if get_worker_info() is None:
         return Examples(examples)
     batch = Listed(examples, collate)
-    micros = split(batch, causal_lm(), cut.budget_for(examples))  # by length, as the trainer does
+    # By length, as the trainer does.
+    micros = split(batch, causal_lm(), cut.budget_for(examples), packed=cut.packed)
     return Examples(examples, {micro.examples: batch.take(micro.examples) for micro in micros})
 
 
@@ -187,6 +198,7 @@ class Accumulation:
         self.accumulator: Accumulator | None = None
         self.optimizer: Any = None
         self.is_stepping = False  # the optimizer, just now
+        self.is_laid_out = False  # whether it is known if micro-batches run packed
 
     def read(self, sampler: EffectiveBatchSampler) -> None:
         """Begin a run that reads this sampler; another run with it will begin at the same place.
@@ -251,7 +263,9 @@ class OptimizerStep(TrainerCallback):
             sampler.commit()
 
 
-KEPT = ("effective_batch_size", "contract", "budget", "checkpointing", "settings", "position")
+KEPT = (
+    "effective_batch_size", "contract", "budget", "checkpointing", "packed", "settings", "position",
+)  # fmt: skip
 
 
 class SameBatch(TrainerCallback, ExportableState):
@@ -267,6 +281,7 @@ class SameBatch(TrainerCallback, ExportableState):
         self.contract: dict[str, Any] | None = None
         self.budget: list[int | None] | None = None  # that was found: a resumed run cuts alike
         self.checkpointing: bool | None = None  # that was chosen with it
+        self.packed: bool | None = None  # whether micro-batches run without padding, if it is known
         self.settings: dict[str, Any] = {}
         self.position: dict[str, Any] | None = None  # of an EffectiveBatchSampler
 
@@ -294,6 +309,7 @@ class SameBatch(TrainerCallback, ExportableState):
         self.contract = entry["attributes"].get("contract") if state.global_step else None
         self.budget = entry["attributes"].get("budget") if state.global_step else None
         self.checkpointing = entry["attributes"].get("checkpointing")
+        self.packed = entry["attributes"].get("packed") if state.global_step else None
         self.position = entry["attributes"].get("position") if state.global_step else None
         loader = given.get("train_dataloader")
         data, sampler = getattr(loader, "dataset", None), sampler_of(loader)

@@ -57,6 +57,7 @@ from gradaccum.integrations.shares import Shares, preparing
 from gradaccum.integrations.swap import replaced
 from gradaccum.measured import Measured
 from gradaccum.memory.auto import AUTO, check, find
+from gradaccum.memory.layout import find_layout, packed_of
 from gradaccum.memory.predict import switch
 from gradaccum.objective import length
 from gradaccum.sampler import EffectiveBatchSampler
@@ -249,14 +250,15 @@ class Attached(Evaluated, Saved):
             accumulator.budget = Budget(examples=len(examples))
             full = accumulator.prepare(settled)
             turned = settled.take(full.micros[0].examples[::-1])
-            expected = measures.gradients(model, functools.partial(accumulator.attempt, full))
-            error, reordered = (
-                measures.relative_error(
-                    measures.gradients(model, functools.partial(accumulator.attempt, window)),
-                    expected,
+            turned_full = dataclasses.replace(full, inputs=(turned,))
+            with replaced(accumulator, "layout", None):  # one pass as everybody runs it: padded
+                expected, reordered = (
+                    measures.gradients(model, functools.partial(accumulator.attempt, window))
+                    for window in (full, turned_full)
                 )
-                for window in (accumulated, dataclasses.replace(full, inputs=(turned,)))
-            )
+            found = measures.gradients(model, functools.partial(accumulator.attempt, accumulated))
+            error = measures.relative_error(found, expected)
+            reordered = measures.relative_error(reordered, expected)
             computed = COMPUTED.get(self.accelerator.mixed_precision)
             floor = max(reordered, measures.rounding(model, expected, computed))
         return Proof(error, floor, len(examples), len(accumulated.micros))
@@ -265,6 +267,7 @@ class Attached(Evaluated, Saved):
         """Cut and count a batch, once it is known what the loss divides by."""
         accumulation, accumulator = self.accumulation, self._accumulator(model)
         accumulation.window = None  # the last one's inputs go before these are collated
+        self._lay_out(accumulator, given)
         if accumulation.cut.budget is None and self.is_in_train and given.examples:
             self._find(accumulator, given)
         accumulator.budget = accumulation.cut.budget_for(given.examples)
@@ -273,6 +276,23 @@ class Attached(Evaluated, Saved):
         window = accumulation.window = accumulator.prepare(batch)
         self._kept().keep(accumulation.measured)
         return window
+
+    def _lay_out(self, accumulator: Accumulator, given: Examples) -> None:
+        """Find out once whether micro-batches run packed: as before an interruption, or measured.
+
+        On several ranks each may do as it likes: the gradients are the same.
+        """
+        accumulation, kept = self.accumulation, self._kept()
+        if accumulation.is_laid_out or not self.is_in_train or len(given.examples) < 2:
+            return
+        if kept.packed is None:
+            accumulator.budget = accumulation.cut.budget_for(given.examples)
+            batch = Listed(given.examples, self.data_collator)
+            accumulator.layout = find_layout(accumulator, batch, self._aside)
+        elif kept.packed:
+            accumulator.layout = packed_of(accumulator.model)
+        accumulation.is_laid_out = True
+        kept.packed = accumulation.cut.packed = accumulator.layout is not None
 
     def _find(self, accumulator: Accumulator, given: Examples) -> None:
         """Find the budget: that of the run before it was interrupted, or by measuring."""
@@ -312,7 +332,7 @@ class Attached(Evaluated, Saved):
             self._kept().restore(measured)
             current = accumulation.accumulator = Accumulator(
                 model,
-                measured.objective(),
+                dataclasses.replace(measured.objective(), ready=self._ready),
                 budget=Budget(examples=1),  # set anew for each batch
                 backward=self.accelerator.backward,
                 after_micro=self._after_micro,
@@ -336,6 +356,10 @@ class Attached(Evaluated, Saved):
             whole = int(count) if float(count).is_integer() else count
             given = torch.tensor(whole, device=self.args.device)
         return self._loss(model, copy.copy(inputs), given)  # a copy: compute_loss pops from it
+
+    def _ready(self, inputs: Any) -> Any:
+        """Add to collated inputs, on the host, what `_loss` would have to wait for."""
+        return inputs
 
     def _loss(self, model: nn.Module, inputs: Any, count: Tensor | None) -> Tensor:
         inputs = self._prepare_inputs(inputs)

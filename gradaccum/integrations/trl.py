@@ -15,17 +15,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import Trainer
+from transformers.trainer_utils import IntervalStrategy
 from trl import KTOTrainer, SFTTrainer
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer import utils
 from trl.trainer.utils import use_adapter
 
+from gradaccum import measures
+from gradaccum.batch import Listed
+from gradaccum.device import is_out_of_memory
 from gradaccum.engine import Window
 from gradaccum.integrations.accumulation import Examples
 from gradaccum.integrations.hf import Attached
 from gradaccum.integrations.swap import replaced
+from gradaccum.memory.layout import SAMPLE, different
+from gradaccum.objective import TRAINED, causal_lm, length, shifted_tokens
+from gradaccum.sync.choose import module_of
 from gradaccum.types import Micro
 
+PLAIN = causal_lm()
 BOOKS = ("_metrics", "_stored_metrics")
 TOKENS = "_total_train_tokens"
 
@@ -122,11 +130,90 @@ class AttachedTRL(Attached):
 
 
 class AttachedSFT(AttachedTRL):
-    """Let the head of `SFTTrainer` score only what is trained."""
+    """Take the plain token loss where that of `SFTTrainer` is the same, but for its metrics.
+
+    Its entropy and accuracy take another pass over the logits. They are for the log, so that only
+    steps that are logged compute them. Whether the plain loss is the same, value and gradient, is
+    measured on two rows at the first step. A `compute_loss` of the user's is left alone.
+    """
+
+    _is_plain: bool | None = None  # None: not measured yet
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        self._is_plain = None
+        return super().train(*args, **kwargs)
+
+    def _ready(self, inputs: Any) -> Any:
+        return PLAIN.ready(inputs)
+
+    def _prepare(self, model: nn.Module, given: Examples) -> Window:
+        if self._is_plain is None and self.is_in_train and len(given.examples) > 1:
+            self._is_plain = self._is_own_trl() and not self._unlike(model, given.examples)
+        window = super()._prepare(model, given)
+        if self._runs_plain():
+            tokens = sum(_num_tokens(inputs) for inputs in window.inputs)
+            setattr(self, TOKENS, getattr(self, TOKENS) + tokens)
+            self._books()["num_tokens"] = [getattr(self, TOKENS)]
+        return window
 
     def _loss(self, model: nn.Module, inputs: Any, count: Tensor | None) -> Tensor:
+        if count is not None and self._runs_plain():
+            return self._plain_loss(model, inputs, count)
+        inputs = {key: value for key, value in inputs.items() if key != TRAINED}
         with _trained_positions_only(self.args.device):
             return super()._loss(model, inputs, count)
+
+    def _plain_loss(self, model: nn.Module, inputs: Any, count: Tensor) -> Tensor:
+        inputs = self._prepare_inputs(inputs)
+        with self.compute_loss_context_manager():
+            return PLAIN.loss(model, {**inputs, "use_cache": False}) / count
+
+    def _runs_plain(self) -> bool:
+        """Tell whether this step does without metrics."""
+        args, step = self.args, self.state.global_step + 1
+        is_logged = step % max(1, self.state.logging_steps) == 0 or step >= self.state.max_steps
+        return (
+            bool(self._is_plain)
+            and self.is_in_train
+            and args.logging_strategy == IntervalStrategy.STEPS
+            and not (is_logged or (args.logging_first_step and step == 1))
+        )
+
+    def _is_own_trl(self) -> bool:
+        is_replaced = "compute_loss" in vars(self) or self.compute_loss_func is not None
+        return not is_replaced and type(self).compute_loss.__module__.startswith("trl.")
+
+    def _unlike(self, model: nn.Module, examples: list[Any]) -> str:
+        """Return by what the plain loss differs from the trainer's, or ""."""
+        order = sorted(range(len(examples)), key=lambda i: length(examples[i]))
+        rows = [order[len(order) // 4], order[len(order) // 2]]
+        batch = Listed(examples, self.data_collator).settled(rows)
+        unwrapped = module_of(model)
+
+        def ran(loss: Any, chosen: list[int]) -> tuple[list[Tensor], float]:
+            inputs, values = batch.take(chosen), []
+
+            def run() -> None:
+                count = shifted_tokens(inputs).to(self.args.device).clamp(min=1)
+                value = loss(unwrapped, inputs, count)
+                value.backward()
+                values.append(value.item())
+
+            return measures.gradients(unwrapped, run, most=SAMPLE), values[0]
+
+        with self._aside(model):
+            expected, value = ran(self._loss, [0, 1])
+            turned, _ = ran(self._loss, [1, 0])
+            try:
+                found, plain = ran(self._plain_loss, [0, 1])
+            except Exception as error:
+                unwrapped.zero_grad()
+                if is_out_of_memory(error):
+                    raise
+                return f"it fails ({error})"
+        if abs(plain - value) > 1e-3 * abs(value):
+            return f"the loss is {plain} and not {value}"
+        return different(unwrapped, found, expected, turned)
 
 
 class AttachedKTO(AttachedTRL, KTOTrainer):
@@ -193,6 +280,13 @@ def mixin(trainer: Trainer) -> type[Attached]:
         if isinstance(trainer, own):
             return found
     return AttachedTRL if any(name in vars(trainer) for name in BOOKS) else Attached
+
+
+def _num_tokens(inputs: Any) -> int:
+    """Count tokens as `SFTTrainer` does."""
+    if "attention_mask" in inputs:
+        return int(inputs["attention_mask"].sum())
+    return inputs["position_ids"].shape[1]
 
 
 def _trained_positions_only(device: torch.device) -> AbstractContextManager[None]:

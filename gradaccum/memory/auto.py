@@ -20,6 +20,7 @@ from gradaccum.measured import quiet
 from gradaccum.memory import choose
 from gradaccum.memory.cap import Cap, cap_of, held_bytes
 from gradaccum.memory.choose import Choice
+from gradaccum.memory.layout import find_layout
 from gradaccum.memory.predict import switch
 from gradaccum.memory.probe import EXTRAPOLATED, Probed, probe, shapes
 from gradaccum.memory.remembered import keep, key_of, recall
@@ -119,15 +120,22 @@ class Accumulator(gradaccum.engine.Accumulator):
         self.optimizer = optimizer
         self._memory = memory
         self._aside = aside
+        self._is_laid_out = False
         if is_auto:
             self.budget = cast(Budget, AUTO)  # until the first batch
 
     def prepare(self, batch: Any) -> Window:
-        """Do as the engine does; at the first batch, find the budget before.
+        """Do as the engine does; at the first batch, find layout and budget before.
 
         Raises:
             BadInput: As the engine; the model is sharded, so that no rank can measure by itself.
         """
+        if not self._is_laid_out and not is_sharded(self.model):
+            batch = as_batch(
+                batch, self._collate, trim=self.objective.trim, may_be_empty=num_ranks() > 1
+            )
+            if len(batch) > 1:
+                self.layout, self._is_laid_out = find_layout(self, batch, self._aside), True
         if not isinstance(self.budget, Budget):
             if is_sharded(self.model):
                 raise BadInput(
@@ -216,12 +224,13 @@ def find(
         return _said(
             Found(whole, None, cap, 0, 0.0, "BatchNorm in training mode needs all at once")
         )
+    packed = accumulator.layout is not None
     drawn = choose.windows(list(sizes), effective_batch)
     budgets = choose.budgets(list(sizes), effective_batch)
 
     def weighed() -> tuple[list[Choice], int]:
         """Return what each budget means, and how many probes it took to tell."""
-        probes = shapes(list(map(accumulator.objective.size, host)), device)
+        probes = shapes(list(map(accumulator.objective.size, host)), device, packed=packed)
         key = key_of(accumulator, device, probes, name)
         probed, num = recall(key), 0
         if probed is None:
@@ -229,7 +238,7 @@ def find(
             if num == len(probes) > 1:
                 keep(key, probed)
         careful = _Careful(probed, held)
-        return [choose.weigh(budget, drawn, careful) for budget in budgets], num
+        return [choose.weigh(budget, drawn, careful, packed=packed) for budget in budgets], num
 
     checkpointing = False if may_checkpoint else None
     switch(model, on=checkpointing)
@@ -288,9 +297,9 @@ class _Careful:
     probed: Probed
     held_bytes: int
 
-    def seconds(self, rows: int, length: int) -> float:
+    def seconds(self, rows: float, length: float) -> float:
         return self.probed.seconds(rows, length)
 
-    def peak_bytes(self, rows: int, length: int) -> int:
+    def peak_bytes(self, rows: float, length: float) -> int:
         fixed, found = round(self.probed.sizes[0]), self.probed.peak_bytes(rows, length)
         return self.held_bytes + fixed + round(EXTRAPOLATED * (found - fixed))

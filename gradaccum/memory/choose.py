@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from gradaccum.memory.probe import shape_of
 from gradaccum.objective import Objective
 from gradaccum.split import split
 from gradaccum.types import Budget
@@ -17,8 +18,8 @@ SIZES = Objective(lambda *_: None, None, size=lambda size: size)
 class Forecast(Protocol):
     """Tell time and memory of a micro-batch of so many rows of so many tokens."""
 
-    def seconds(self, rows: int, length: int) -> float: ...
-    def peak_bytes(self, rows: int, length: int) -> int: ...
+    def seconds(self, rows: float, length: float) -> float: ...
+    def peak_bytes(self, rows: float, length: float) -> int: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,13 +77,14 @@ def budgets(lengths: Sequence[int], effective_batch: int) -> list[Budget]:
     return found
 
 
-def weigh(budget: Budget, drawn: Sequence[Sequence[int]], forecast: Forecast) -> Choice:
+def weigh(
+    budget: Budget, drawn: Sequence[Sequence[int]], forecast: Forecast, *, packed: bool = False
+) -> Choice:
     """Return what a budget means, over effective batches of which the last is the worst."""
     seconds, num_micros, most, peaks = 0.0, 0, 0, []
     for window in drawn:
-        shapes = [
-            (len(m.examples), m.size // len(m.examples)) for m in split(list(window), SIZES, budget)
-        ]
+        micros = split(list(window), SIZES, budget, packed=packed)
+        shapes = [shape_of([window[i] for i in m.examples], packed=packed) for m in micros]
         most = max(most, len(shapes))
         peaks += [(forecast.peak_bytes(*shape), shape) for shape in set(shapes)]
         if window is not drawn[-1]:
@@ -90,7 +92,7 @@ def weigh(budget: Budget, drawn: Sequence[Sequence[int]], forecast: Forecast) ->
             num_micros += len(shapes)
     peak, (rows, length) = max(peaks)
     num = len(drawn) - 1
-    return Choice(budget, num_micros / num, most, rows, length, peak, seconds / num)
+    return Choice(budget, num_micros / num, most, round(rows), round(length), peak, seconds / num)
 
 
 def best(choices: Sequence[Choice], cap_bytes: int) -> Choice | None:

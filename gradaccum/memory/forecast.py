@@ -89,32 +89,32 @@ class Traced:
         other.seconds_after = self.seconds_after / spread.shard_ranks + spread.step_seconds
         return other
 
-    def seconds(self, rows: int, length: int) -> float:
+    def seconds(self, rows: float, length: float) -> float:
         """Return the time of a micro-batch, forward and backward."""
         return max(self._least, self._computing(rows, length))
 
-    def _computing(self, rows: int, length: int) -> float:
+    def _computing(self, rows: float, length: float) -> float:
         if self._probed is not None:
             return self._probed.seconds(rows, length)
         if rows == 1 and self._alone is not None:
             return self._seconds_alone * length / self._longest
         return self._seconds(*self._beside(rows, length))
 
-    def peak_bytes(self, rows: int, length: int) -> int:
+    def peak_bytes(self, rows: float, length: float) -> int:
         """Return what a step with such micro-batches takes at its peak."""
         if rows == 1 and self._alone is not None:
             return sum(self.categories(rows, length).values())
         return self._peak(*self._beside(rows, length))
 
-    def categories(self, rows: int, length: int) -> dict[str, int]:
+    def categories(self, rows: float, length: float) -> dict[str, int]:
         """Return the same by category."""
         if rows > 1 or self._alone is None:
             envelope, share = self._beside(rows, length)
             return envelope.categories(share)
         found = self._alone.categories()
-        return found | {name: found[name] * length // self._longest for name in PASSING}
+        return found | {name: int(found[name] * length // self._longest) for name in PASSING}
 
-    def _beside(self, rows: int, length: int) -> tuple[Envelope, float]:
+    def _beside(self, rows: float, length: float) -> tuple[Envelope, float]:
         envelope = next(e for e in self._envelopes if e.length >= length)
         return envelope, rows * length / envelope.length
 
@@ -147,11 +147,11 @@ class Measured:
         self._state = state_bytes(optimizer)
         self.seconds = self._probed.seconds
 
-    def peak_bytes(self, rows: int, length: int) -> int:
+    def peak_bytes(self, rows: float, length: float) -> int:
         """Return what a step with such micro-batches takes at its peak."""
         return sum(self.categories(rows, length).values())
 
-    def categories(self, rows: int, length: int) -> dict[str, int]:
+    def categories(self, rows: float, length: float) -> dict[str, int]:
         """Return the same; gradients are told as activations, since it was measured at once."""
         taken = round(EXTRAPOLATED * self._probed.peak_bytes(rows, length))
         return dict.fromkeys(CATEGORIES, 0) | {

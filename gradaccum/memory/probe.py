@@ -34,7 +34,7 @@ TOKENS = {"cpu": 512}
 OTHER_TOKENS = 4096
 EXTRAPOLATED = 1.1  # times what is read off beyond the probes; where it is too little, it recovers
 SHORT = 0.2  # seconds, below which a probe is run twice
-Shape = tuple[int, int]
+Shape = tuple[float, float]  # rows, and tokens of a row
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,10 +51,10 @@ class Probed:
     sizes: tuple[float, float, float]
     too_large: int = sys.maxsize
 
-    def seconds(self, rows: int, length: int) -> float:
+    def seconds(self, rows: float, length: float) -> float:
         return _at(self.times, (rows, length))
 
-    def peak_bytes(self, rows: int, length: int) -> int:
+    def peak_bytes(self, rows: float, length: float) -> int:
         """Return what it takes beyond what is there before."""
         if rows * length >= self.too_large:
             return sys.maxsize
@@ -80,7 +80,11 @@ def probe(
     engine.objective, engine.limit = unweighted(accumulator.objective), None
     engine._after_micro = None
     chosen = _chosen(sizes, TOKENS.get(device.type, OTHER_TOKENS))
-    given = {(len(rows), max(sizes[i] for i in rows)): partial(host.take, rows) for rows in chosen}
+    packed = engine.layout is not None
+    given = {
+        shape_of([sizes[i] for i in rows], packed=packed): partial(host.take, rows)
+        for rows in chosen
+    }
     return measure(engine, given, device, aside)
 
 
@@ -105,23 +109,36 @@ def measure(
     for shape, make in given.items():
         with suppressing_out_of_memory(), aside(engine.model, dropout=True):
             inputs = make()
-            peaks[shape] = _peak(engine, _repeated(engine, inputs, shape, num_micros), device)
-            seconds[shape] = _timed(engine, inputs, shape)
-        _clear(engine.model)
+            peaks[shape] = _peak(engine, repeated(engine, inputs, shape, num_micros), device)
+            seconds[shape] = timed(engine, inputs, shape)
+        clear(engine.model)
     release(device)
-    failed = [rows * length for rows, length in given if (rows, length) not in seconds]
+    failed = [int(rows * length) for rows, length in given if (rows, length) not in seconds]
     fitting = {shape: peaks[shape] for shape in seconds}
     probed = Probed(_fitted(seconds), _fitted(fitting), min(failed, default=sys.maxsize))
     return probed, len(seconds)
 
 
-def shapes(sizes: Sequence[int], device: torch.device) -> list[Shape]:
+def shapes(sizes: Sequence[int], device: torch.device, *, packed: bool = False) -> list[Shape]:
     """Return the rows and their tokens of each probe."""
     chosen = _chosen(sizes, TOKENS.get(device.type, OTHER_TOKENS))
-    return [(len(rows), max(sizes[i] for i in rows)) for rows in chosen]
+    return [shape_of([sizes[i] for i in rows], packed=packed) for rows in chosen]
 
 
-def _timed(engine: Accumulator, inputs: Any, shape: Shape) -> float:
+def shape_of(sizes: Sequence[int], *, packed: bool) -> Shape:
+    """Return rows and tokens of a row that cost as much as examples of these sizes.
+
+    Padded, each is as long as the longest. Packed, they are a part of rows of one length, such that
+    tokens and their squares add up to those of the examples.
+    """
+    if not packed:
+        return len(sizes), max(sizes)
+    total = max(1, sum(sizes))
+    length = max(1.0, sum(size**2 for size in sizes) / total)
+    return total / length, length
+
+
+def timed(engine: Accumulator, inputs: Any, shape: Shape) -> float:
     """Return the seconds of one micro-batch that has run before; of short ones the faster of two.
 
     Args:
@@ -129,10 +146,10 @@ def _timed(engine: Accumulator, inputs: Any, shape: Shape) -> float:
         inputs: The micro-batch.
         shape: Its rows and their tokens.
     """
-    window, found = _repeated(engine, inputs, shape, 1), 0.0
+    window, found = repeated(engine, inputs, shape, 1), 0.0
     for _ in range(2):
         spent = engine.attempt(window).seconds
-        _clear(engine.model)
+        clear(engine.model)
         if not found and spent > SHORT:
             return spent
         found = min(spent, found or spent)
@@ -156,11 +173,11 @@ def _chosen(sizes: Sequence[int], tokens: int) -> list[list[int]]:
     return list(shapes.values())
 
 
-def _repeated(engine: Accumulator, inputs: Any, shape: Shape, num: int) -> Window:
+def repeated(engine: Accumulator, inputs: Any, shape: Shape, num: int) -> Window:
     """Return a window of the same micro-batch so many times; the second finds gradients."""
-    rows, length = shape
-    micro = Micro(tuple(range(rows)), rows * length, rows * length)
-    share = Share(num, num * rows, num * micro.size, num * micro.useful)
+    rows, size = max(1, round(shape[0])), round(shape[0] * shape[1])
+    micro = Micro(tuple(range(rows)), size, size)
+    share = Share(num, num * rows, num * size, num * size)
     return Window(
         (micro,) * num,
         (inputs,) * num,
@@ -185,24 +202,24 @@ def _peak(accumulator: Accumulator, window: Window, device: torch.device) -> int
                 accumulator.attempt(window)
         finally:
             tracker.close()
-        _clear(accumulator.model)
+        clear(accumulator.model)
         return tracker.peak_bytes - tracker.peak[PARAMETERS] - tracker.peak[BUFFERS]
     module = torch.get_device_module(device)
     before = module.memory_allocated(device)
     module.reset_peak_memory_stats(device)
     accumulator.attempt(window)
-    _clear(accumulator.model)
+    clear(accumulator.model)
     return module.max_memory_allocated(device) - before
 
 
-def _clear(model: nn.Module) -> None:
+def clear(model: nn.Module) -> None:
     for p in model.parameters():
         p.grad = None
 
 
 def _features(shape: Shape) -> tuple[float, float, float]:
     rows, length = shape
-    return 1.0, float(rows * length), float(rows * length**2)
+    return 1.0, rows * length, rows * length**2
 
 
 def _at(coefficients: Sequence[float], shape: Shape) -> float:

@@ -52,6 +52,7 @@ def key_of(
         [type(m).__name__ + str(getattr(m, "gradient_checkpointing", "")) for m in model.modules()],
         objective.unit,
         objective.chunk,
+        accumulator.layout is not None,
         _code(objective.loss),
         accumulator._accumulate_dtype,
         accumulator._grad_dtype,

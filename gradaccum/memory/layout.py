@@ -1,0 +1,162 @@
+"""Whether micro-batches run packed: only where that is exact, measured on this model and this loss.
+
+Some rows run padded and packed, one of them twice, so that there is a common beginning. The two
+gradients have to agree as well as two orders of the same rows do. Where packing has something to
+save, it is then used, unless a micro-batch of each kind shows it to be slower here.
+"""
+
+import copy
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradaccum import measures
+from gradaccum.batch import HostBatch, Listed
+from gradaccum.device import is_out_of_memory, suppressing_out_of_memory
+from gradaccum.engine import Accumulator
+from gradaccum.memory.probe import OTHER_TOKENS, TOKENS, clear, repeated, shape_of, timed
+from gradaccum.objective import unweighted
+from gradaccum.packing.attention import Unpackable
+from gradaccum.packing.plan import Layout
+from gradaccum.split import split
+from gradaccum.sync.choose import is_sharded, module_of
+from gradaccum.types import Budget
+
+SAVED = 0.03  # of the tokens; below, a packed row is not worth looking at
+SLOWER = 1.2  # times padded, a token: a timing of one micro-batch tells no less
+SAMPLE = 4096  # elements of each gradient that are compared
+# What two exact gradients may differ by where their dtypes allow, as the contract says.
+ALLOWED = {torch.float64: 1e-12, torch.float32: 1e-6}
+TIMES_FLOOR = 4
+logger = logging.getLogger(__name__)
+
+
+def find_layout(
+    accumulator: Accumulator, host: HostBatch, aside: Callable[..., AbstractContextManager[None]]
+) -> Layout | None:
+    """Return how micro-batches of this model run packed; None where they had better not.
+
+    Args:
+        accumulator: Is left as it is.
+        host: An effective batch of at least two examples.
+        aside: Keeps what runs inside out of the training.
+    """
+    packed = packed_of(accumulator.model)
+    if packed is None or len(host) < 2:
+        return None
+    engine = copy.copy(accumulator)
+    engine.objective, engine.limit = unweighted(accumulator.objective), None
+    engine._after_micro = None
+    tokens = TOKENS.get(next(engine.model.parameters()).device.type, OTHER_TOKENS)
+    budget = Budget(tokens=tokens)
+    if isinstance(engine.budget, Budget):
+        budget = budget.within(engine.budget)
+    cuts = {
+        layout: split(host, engine.objective, budget, packed=layout is not None)
+        for layout in (None, packed)
+    }
+    run = {layout: sum(micro.size for micro in micros) for layout, micros in cuts.items()}
+    if run[packed] > (1 - SAVED) * run[None]:
+        return None
+    try:
+        why = _difference(engine, packed, host, aside)
+        if why:
+            logger.info("micro-batches run padded: %s", why)
+            return None
+        per_token: dict[Any, float] = {}
+        for layout, micros in cuts.items():
+            engine.layout, micro = layout, micros[len(micros) // 2]
+            with suppressing_out_of_memory(), aside(engine.model, dropout=True):
+                sizes = [engine.objective.size(x) for x in _examples(host, micro.examples)]
+                shape = shape_of(sizes, packed=layout is not None)
+                seconds = timed(engine, host.take(micro.examples), shape)
+                per_token[layout] = seconds / max(1, micro.useful)
+            clear(engine.model)
+    except Exception as error:
+        clear(engine.model)
+        if not is_out_of_memory(error):
+            raise
+        return None
+    if per_token[packed] > SLOWER * per_token[None]:
+        logger.info("micro-batches run padded, which is faster here")
+        return None
+    return packed
+
+
+def packed_of(model: nn.Module) -> Any:
+    """Return what runs the transformers model in there packed; None if there is none."""
+    if "transformers" not in sys.modules or is_sharded(model):
+        return None
+    from gradaccum.packing.backbone import Packed  # now, since it imports transformers
+
+    try:
+        return Packed(module_of(model))
+    except Unpackable:
+        return None
+
+
+def _difference(
+    engine: Accumulator,
+    packed: Any,
+    host: HostBatch,
+    aside: Callable[..., AbstractContextManager[None]],
+) -> str:
+    """Return by what the packed gradient is wrong, or "" if it is not."""
+    sizes = [engine.objective.size(example) for example in host]
+    order = sorted(range(len(sizes)), key=sizes.__getitem__)
+    rows = [order[len(order) // 4], order[len(order) // 2]]
+    if isinstance(host, Listed):
+        host, rows = host.settled(rows), [0, 1]
+    one, other = rows
+    found = {}
+    with aside(engine.model):
+        before = packed.num_run
+        for name, layout, chosen in (
+            ("padded", None, [one, one, other]),
+            ("turned", None, [other, one, one]),
+            ("packed", packed, [one, one, other]),
+        ):
+            engine.layout = layout
+            window = repeated(engine, host.take(chosen), (3, 1), 1)
+            run = partial(engine.attempt, window)
+            try:
+                found[name] = measures.gradients(engine.model, run, most=SAMPLE)
+            except Exception as error:
+                clear(engine.model)
+                if layout is None or is_out_of_memory(error):
+                    raise
+                return f"packed, it fails ({type(error).__name__}: {error})".splitlines()[0]
+    if packed.num_run == before:
+        return "nothing passes through the body of the model that could be packed"
+    return different(engine.model, found["packed"], found["padded"], found["turned"])
+
+
+def different(
+    model: nn.Module, found: list[Tensor], expected: list[Tensor], turned: list[Tensor]
+) -> str:
+    """Return by what a gradient is wrong, or "" if it is off by no more than rounding.
+
+    Args:
+        model: Whose gradients they are.
+        found: The one in question.
+        expected: That of the same rows.
+        turned: The same with the rows in another order.
+    """
+    floor = measures.relative_error(turned, expected)
+    error = measures.relative_error(found, expected)
+    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    allowed = max((ALLOWED.get(dtype, 0.0) for dtype in dtypes), default=0.0)
+    if error <= max(TIMES_FLOOR * floor, allowed):
+        return ""
+    return f"the gradient is {error:.1e} off, and {floor:.1e} is rounding"
+
+
+def _examples(host: HostBatch, chosen: Sequence[int]) -> list[Any]:
+    wanted = set(chosen)
+    return [example for i, example in enumerate(host) if i in wanted]

@@ -1,0 +1,156 @@
+"""Pack what goes through the body of a transformers model, and unpack what comes out of it.
+
+Tested with transformers 5.17 and 5.23. While a micro-batch runs, forward and backward, the body's
+`forward` is ours and its attention is a function of ours in transformers' own registry; both are
+put back afterwards. A body that wants anything but tokens and their mask runs as it is.
+"""
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from gradaccum.packing.attention import Unpackable, attend
+from gradaccum.packing.plan import SHARED, Plan, plan
+
+NAME = "gradaccum_packed"  # of our attention, in the registry of transformers
+
+
+class Packed:
+    """Run the micro-batches of one model packed.
+
+    Args:
+        model: Any module with a transformers model inside.
+        shared: Tokens that rows have to begin with alike before they are run once.
+
+    Raises:
+        Unpackable: There is none, or it is compiled.
+    """
+
+    def __init__(self, model: nn.Module, *, shared: int = SHARED) -> None:
+        self.body = _body(model)
+        self.shared = shared
+        self.num_run = 0  # tokens that ran packed so far
+
+    @contextmanager
+    def running(self, inputs: Any) -> Iterator[None]:
+        """Pack the forward of a micro-batch inside, which has to run its backward inside as well.
+
+        Args:
+            inputs: The collated micro-batch, on the host.
+        """
+        found = _planned(inputs, self.shared)
+        if found is None:
+            yield
+            return
+        body, own = self.body, vars(self.body).get("forward")
+        attention = body.config._attn_implementation
+        run = _Run(self, *found, body.forward)
+        ALL_ATTENTION_FUNCTIONS.register(NAME, run.attend)
+        body.forward = run.forward
+        try:
+            yield
+        finally:
+            del body.forward
+            if own is not None:
+                body.forward = own
+            body.config._attn_implementation = attention
+
+
+class _Run:
+    """Hold what one micro-batch runs by.
+
+    Args:
+        packed: Of whose body.
+        plan: How it is packed.
+        ids_BT: Its tokens on the host.
+        inner: The body's own forward.
+    """
+
+    def __init__(self, packed: Packed, plan: Plan, ids_BT: Tensor, inner: Any) -> None:
+        self._packed, self._plan, self._ids_BT, self._inner = packed, plan, ids_BT, inner
+
+    def forward(self, *args: Any, **given: Any) -> Any:
+        """Run the body packed if it is given what was planned, else as it is."""
+        named = dict(zip(inspect.signature(self._inner).parameters, args, strict=False)) | given
+        ids = named.get("input_ids")
+        if ids is None or not self._is_planned(ids) or not _is_plain(named):
+            return self._inner(*args, **given)
+        plan, config = self._plan, self._packed.body.config
+        source, position, target = (
+            x.to(ids.device, non_blocking=True)
+            for x in (plan.source_S, plan.position_S, plan.target_N)
+        )
+        given = named | {
+            "input_ids": ids.flatten().index_select(0, source)[None],
+            "attention_mask": None,
+            "position_ids": position[None],
+            "use_cache": False,
+        }
+        attention = config._attn_implementation
+        config._attn_implementation = NAME
+        try:
+            found = self._inner(**given)
+        finally:
+            config._attn_implementation = attention
+        left = [k for k, v in found.items() if v is not None] if isinstance(found, dict) else []
+        if left != ["last_hidden_state"]:
+            raise Unpackable(f"the body returns {', '.join(left) or type(found).__name__}")
+        hidden_1SD: Tensor = found["last_hidden_state"]
+        if hidden_1SD.requires_grad:  # gradient checkpointing runs its layers again, in backward
+            hidden_1SD.register_hook(self._before_backward)
+        self._packed.num_run += plan.num_tokens
+        found["last_hidden_state"] = hidden_1SD[0].index_select(0, target).view(*plan.shape, -1)
+        return found
+
+    def attend(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **given: Any
+    ) -> tuple[Tensor, None]:
+        """Be the attention of the body, as transformers calls it."""
+        if mask is not None or query.shape[2] != self._plan.num_tokens:
+            raise Unpackable("the body makes an attention mask of its own")
+        return attend(self._plan.segments, module, query, key, value, **given), None
+
+    def _before_backward(self, grad: Tensor) -> None:
+        self._packed.body.config._attn_implementation = NAME
+
+    def _is_planned(self, ids: Tensor) -> bool:
+        if ids.shape != self._ids_BT.shape:
+            return False
+        return ids.device.type != "cpu" or torch.equal(ids, self._ids_BT)
+
+
+def _planned(inputs: Any, shared: int) -> tuple[Plan, Tensor] | None:
+    ids = inputs.get("input_ids") if isinstance(inputs, Mapping) else None
+    if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.device.type != "cpu":
+        return None
+    found = plan(ids, inputs.get("attention_mask"), shared=shared)
+    return None if found is None else (found, ids)
+
+
+def _is_plain(given: dict[str, Any]) -> bool:
+    """Tell whether a body is given tokens and mask alone, and switches or numbers."""
+    return given.get("return_dict") is not False and all(
+        name in ("input_ids", "attention_mask")
+        or value is None
+        or isinstance(value, (bool, int, float, str))
+        or (isinstance(value, Tensor) and not value.ndim)
+        for name, value in given.items()
+    )
+
+
+def _body(model: nn.Module) -> PreTrainedModel:
+    """Return the body of the first transformers model in there: what comes before its head."""
+    for module in model.modules():
+        if hasattr(module, "_orig_mod") or module._compiled_call_impl is not None:
+            raise Unpackable("a compiled model")
+    found = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
+    body = getattr(found, "base_model", None)
+    if not isinstance(body, PreTrainedModel):
+        raise Unpackable("no transformers model")
+    return body

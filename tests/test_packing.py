@@ -1,0 +1,323 @@
+"""Packed micro-batches: what each token sees, the same gradient, and off where it is another."""
+
+import contextlib
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BloomConfig,
+    BloomForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    MambaConfig,
+    MambaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+import gradaccum
+from gradaccum.batch import as_batch
+from gradaccum.device import suppressing_out_of_memory
+from gradaccum.measured import quiet
+from gradaccum.memory import layout
+from gradaccum.memory.layout import find_layout
+from gradaccum.objective import causal_lm
+from gradaccum.packing.backbone import Packed
+from gradaccum.packing.plan import plan
+from gradaccum.padding import pad_collate
+from gradaccum.split import split
+from tests import models, oracle
+from tests.hf_models import llama
+
+tokens = st.lists(st.integers(1, 2), min_size=1, max_size=9)
+
+
+def trie(rows, shared):
+    """Return how many tokens run: of common beginnings of at least `shared` tokens, each once."""
+    rows, total = sorted(rows), 0
+    for before, row in zip([[], *rows], rows, strict=False):
+        alike = next((i for i, (a, b) in enumerate(zip(before, row, strict=False)) if a != b),
+                     min(len(before), len(row)))  # fmt: skip
+        total += len(row) - (alike if alike >= shared else 0)
+    return total
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(st.lists(tokens, min_size=1, max_size=8), st.integers(1, 4), st.booleans())
+def test_each_token_sees_its_own_row_up_to_itself(rows, shared, is_left):
+    width = max(map(len, rows))
+    ids, mask = torch.zeros(len(rows), width, dtype=torch.long), torch.zeros(len(rows), width)
+    begins = [width - len(row) if is_left else 0 for row in rows]
+    for i, (row, begin) in enumerate(zip(rows, begins, strict=True)):
+        ids[i, begin : begin + len(row)] = torch.tensor(row)
+        mask[i, begin : begin + len(row)] = 1
+    found = plan(ids, mask, shared=shared)
+    if found is None:
+        assert is_left or trie(rows, shared) == len(rows) * width
+        return
+    if not is_left:
+        assert found.num_tokens == trie(rows, shared)
+    packed, where = ids.flatten()[found.source_S], found.target_N.view(len(rows), width)
+    for i, (row, begin) in enumerate(zip(rows, begins, strict=True)):
+        for column in range(begin, begin + len(row)):
+            at = int(where[i, column])
+            assert found.position_S[at] == column
+            (own,) = (s for s in found.segments if s.begin <= at < s.end)
+            seen = [j for a, b in own.before for j in range(a, b)] + list(range(own.begin, at + 1))
+            assert packed[seen].tolist() == row[: column - begin + 1]
+
+
+def test_padding_between_tokens_is_not_packed():
+    ids, mask = torch.tensor([[1, 2, 3], [1, 2, 0]]), torch.tensor([[1, 0, 1], [1, 1, 0]])
+    assert plan(ids, mask) is None
+
+
+SMALL = {
+    "vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+}  # fmt: skip
+PLAIN = {"dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0}
+
+
+def adapted():
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(llama(), peft.LoraConfig(r=2, target_modules="all-linear"))
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p)
+    return model
+
+
+MAKERS = {
+    "llama": llama,
+    "LoRA": adapted,
+    "qwen3 (grouped)": lambda: Qwen3ForCausalLM(Qwen3Config(**SMALL)),
+    "mistral (window)": lambda: MistralForCausalLM(MistralConfig(**SMALL, sliding_window=5)),
+    "gpt2 (positions)": lambda: GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=40, n_embd=16, n_layer=2, n_head=2, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0
+        )
+    ),
+}
+# Two system prompts of 20 tokens, branches of branches, a row twice, and rows that share nothing.
+SYSTEM = [list(range(3, 23)), list(range(22, 2, -1))]
+TAILS = [[5, 6, 7], [5, 6, 7, 8, 9], [5, 6, 9], [30], [31, 32, 33, 34, 35, 36, 37], [30]]
+ROWS = [SYSTEM[i % 2] + tail for i, tail in enumerate(TAILS * 2)] + [[7, 8, 9], [9] * 30]
+EXAMPLES = [{"input_ids": row, "labels": [-100] * 2 + row[2:]} for row in ROWS]
+
+
+def made(name):
+    """Return a model that computes in float64 throughout: norms of transformers do not."""
+    torch.manual_seed(0)
+    model = MAKERS[name]().double().train()
+    for parent in list(model.modules()):
+        for child, norm in list(parent.named_children()):
+            if type(norm).__name__.endswith("RMSNorm"):
+                other = torch.nn.RMSNorm(norm.weight.shape, norm.variance_epsilon)
+                other.weight = norm.weight
+                setattr(parent, child, other)
+    return model
+
+
+def truth(model, examples):
+    """Return the gradient of all rows, each by itself."""
+    total, num = 0.0, 0
+    for example in examples:
+        row = {key: torch.tensor([value]) for key, value in example.items()}
+        logits = model(input_ids=row["input_ids"]).logits[0, :-1]
+        labels = row["labels"][0, 1:]
+        total += torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+        num += int((labels != -100).sum())
+    return oracle.gradients(model, {"loss": total}, {"loss": num})
+
+
+@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_gradient_is_that_of_each_row_by_itself(name, checkpointing):
+    model = made(name)
+    expected = truth(model, EXAMPLES)
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    accumulator = gradaccum.Accumulator(model, causal_lm(), budget=gradaccum.Budget(tokens=80))
+    step = accumulator.backward(EXAMPLES)
+    assert isinstance(accumulator.layout, Packed)
+    assert step.num_micros > 1 and step.padded < 0.8 * step.useful  # common beginnings ran once
+    assert max(m.size for m in step.micros) <= 80
+    assert oracle.error(oracle.left_in(model), expected) < 1e-12
+
+
+@pytest.mark.parametrize("kind", ["eager", "sdpa"])
+def test_float32_within_the_contract(kind):
+    model = llama(initializer_range=0.2)
+    model.set_attn_implementation(kind)
+    expected = truth(model.double(), EXAMPLES)
+    accumulator = gradaccum.Accumulator(
+        model.float().train(), causal_lm(), budget=gradaccum.Budget(tokens=80)
+    )
+    accumulator.backward(EXAMPLES)
+    assert isinstance(accumulator.layout, Packed)
+    assert oracle.error(oracle.left_in(model), expected) < 1e-6
+
+
+def test_the_model_is_left_as_it_was():
+    model = made("llama")
+    before = model.config._attn_implementation
+    packed, inputs = Packed(model), pad_collate(EXAMPLES)
+    with contextlib.suppress(ZeroDivisionError), packed.running(inputs):
+        causal_lm().loss(model, inputs).backward()
+        assert packed.num_run == trie(ROWS, 16)
+        raise ZeroDivisionError
+    assert "forward" not in vars(model.model)
+    assert model.config._attn_implementation == before
+
+
+def test_what_another_row_holds_does_not_matter():
+    model, found = made("llama"), []
+    for other in (3, 9):
+        inputs = pad_collate([EXAMPLES[0], {"input_ids": [other] * 40, "labels": [-100] * 40}])
+        with Packed(model).running(inputs):
+            found.append(model.model(**{k: inputs[k] for k in ("input_ids", "attention_mask")}))
+    first, second = (outputs.last_hidden_state[0, : len(ROWS[0])] for outputs in found)
+    torch.testing.assert_close(first, second, rtol=1e-12, atol=1e-14)
+
+
+def test_other_inputs_inside_run_as_they_are():
+    model, inputs = made("llama"), pad_collate(EXAMPLES)
+    other = pad_collate([{"input_ids": row[::-1], "labels": row} for row in ROWS])
+    with torch.no_grad():
+        expected = model(other["input_ids"], other["attention_mask"]).logits
+        with Packed(model).running(inputs):
+            found = model(input_ids=other["input_ids"], attention_mask=other["attention_mask"])
+    assert torch.equal(found.logits, expected)
+
+
+INEXACT = {
+    "state-space": lambda: MambaForCausalLM(
+        MambaConfig(vocab_size=40, hidden_size=16, num_hidden_layers=2, state_size=4)
+    ),
+    "alibi": lambda: BloomForCausalLM(
+        BloomConfig(vocab_size=40, hidden_size=16, n_layer=2, n_head=2,
+                    hidden_dropout=0.0, attention_dropout=0.0)
+    ),
+    "both ways": lambda: BertForMaskedLM(
+        BertConfig(vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+                   num_attention_heads=2, hidden_dropout_prob=0, attention_probs_dropout_prob=0)
+    ),
+    "capped attention": lambda: Gemma2ForCausalLM(
+        Gemma2Config(**SMALL, attn_logit_softcapping=2.0, attn_implementation="eager")
+    ),
+    "no transformer": models.model,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", INEXACT)
+def test_it_is_off_where_it_would_not_be_exact(name):
+    torch.manual_seed(0)
+    model = INEXACT[name]().double().train()
+    examples = [{k: [t % 17 for t in v] for k, v in e.items()} for e in EXAMPLES[-6:]]
+    for example in examples:
+        example["labels"] = example["input_ids"]
+    accumulator = gradaccum.Accumulator(model, causal_lm(), budget=gradaccum.Budget(tokens=99))
+    step = accumulator.backward(examples)
+    assert accumulator.layout is None
+    assert step.padded >= step.useful
+
+
+def test_positions_that_count_tokens_are_packed_or_off_but_exact():
+    torch.manual_seed(0)
+    config = OPTConfig(
+        vocab_size=40, hidden_size=16, ffn_dim=24, num_hidden_layers=2, num_attention_heads=2,
+        word_embed_proj_dim=16, **PLAIN,
+    )  # fmt: skip
+    model = OPTForCausalLM(config).double().train()
+    expected = truth(model, EXAMPLES)
+    gradaccum.Accumulator(model, causal_lm(), budget=gradaccum.Budget(tokens=99)).backward(EXAMPLES)
+    assert oracle.error(oracle.left_in(model), expected) < 1e-12
+
+
+def test_contamination_is_seen(monkeypatch):
+    """If every token saw all before it in the packed row, the start-up check would say so."""
+    from gradaccum.packing import attention, backbone
+
+    own = attention.attend
+
+    def leaking(segments, module, query, *args, **kwargs):
+        whole = (type(segments[0])(0, query.shape[2]),)
+        return own(whole, module, query, *args, **kwargs)
+
+    monkeypatch.setattr(backbone, "attend", leaking)
+    model = made("llama")
+    accumulator = gradaccum.Accumulator(model, causal_lm(), budget=gradaccum.Budget(tokens=80))
+    assert find_layout(accumulator, as_batch(EXAMPLES, None), quiet) is None
+
+
+def test_it_is_off_where_it_saves_nothing_and_where_it_is_slow(monkeypatch):
+    model = made("llama")
+    accumulator = gradaccum.Accumulator(model, causal_lm(), budget=gradaccum.Budget(tokens=80))
+    even = [{"input_ids": [i] * 20, "labels": [i] * 20} for i in range(3, 12)]
+    assert find_layout(accumulator, as_batch(even, None), quiet) is None
+    batch = as_batch(EXAMPLES, None)
+    assert find_layout(accumulator, batch, quiet) is not None
+    taken = iter((1.0, 9.0))
+    monkeypatch.setattr(layout, "timed", lambda *_: next(taken))
+    assert find_layout(accumulator, batch, quiet) is None
+
+
+def test_memory_that_runs_out_is_survived(monkeypatch):
+    model = made("llama")
+    expected = truth(model, EXAMPLES)
+    accumulator = gradaccum.Accumulator(model, causal_lm(), budget=gradaccum.Budget(tokens=80))
+    accumulator.backward(EXAMPLES)
+    model.zero_grad()
+    own, num = model.model.layers[1].mlp.forward, []
+
+    def fails_once(x):
+        num.append(x.shape[1])
+        if len(num) == 2:
+            raise torch.OutOfMemoryError("out of memory")
+        return own(x)
+
+    model.model.layers[1].mlp.forward = fails_once
+    with suppressing_out_of_memory():
+        step = accumulator.backward(EXAMPLES)
+    assert len(step.recoveries) == 1 and max(num[2:]) <= max(num[:2]) // 2 + 30
+    assert oracle.error(oracle.left_in(model), expected) < 1e-12
+
+
+batches = st.lists(tokens, min_size=1, max_size=30)
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(batches, st.integers(1, 40), st.none() | st.integers(1, 5))
+def test_the_packed_cut(batch, bound, rows):
+    begin = list(range(20))
+    examples = [{"input_ids": (begin if len(row) % 2 else []) + row} for row in batch]
+    budget = gradaccum.Budget(tokens=bound, examples=rows)
+    micros = split(examples, causal_lm(), budget, packed=True)
+    assert sorted(i for m in micros for i in m.examples) == list(range(len(batch)))
+    assert [m.size for m in micros] == sorted((m.size for m in micros), reverse=True)
+    for micro in micros:
+        own = [examples[i]["input_ids"] for i in micro.examples]
+        assert micro.size == trie(own, 16)
+        assert micro.useful == sum(map(len, own))
+        assert micro.size <= bound or len(own) == 1
+        assert rows is None or len(own) <= rows
+    assert micros == split(list(examples), causal_lm(), budget, packed=True)
+
+
+def test_equal_cost_at_no_more_micro_batches():
+    sizes = gradaccum.Objective(loss=lambda *_: None, weight=None, size=lambda n: n)
+    cut = split([1] * 33, sizes, gradaccum.Budget(examples=32))
+    assert [len(m.examples) for m in cut] == [17, 16]
+    cut = split([10] * 9, sizes, gradaccum.Budget(tokens=80), packed=True)
+    assert [m.size for m in cut] == [50, 40]
