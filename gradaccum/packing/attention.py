@@ -17,7 +17,10 @@ from torch import Tensor, nn
 from gradaccum.packing.plan import Segment
 
 # What models hand their attention that changes nothing here.
-IGNORED = ("position_ids", "cache_position", "use_cache", "output_attentions", "is_causal")
+IGNORED = (
+    "position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states",
+    "return_dict", "num_items_in_batch", "is_causal",
+)  # fmt: skip
 
 
 class Unpackable(Exception):

@@ -6,6 +6,7 @@ put back afterwards. A body that wants anything but tokens and their mask runs a
 """
 
 import inspect
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -18,6 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from gradaccum.packing.attention import Unpackable, attend
 from gradaccum.packing.plan import SHARED, Plan, plan
 
+logger = logging.getLogger(__name__)
 NAME = "gradaccum_packed"  # of our attention, in the registry of transformers
 
 
@@ -36,6 +38,7 @@ class Packed:
         self.body = _body(model)
         self.shared = shared
         self.num_run = 0  # tokens that ran packed so far
+        self.is_on = True
 
     @contextmanager
     def running(self, inputs: Any) -> Iterator[None]:
@@ -44,7 +47,7 @@ class Packed:
         Args:
             inputs: The collated micro-batch, on the host.
         """
-        found = _planned(inputs, self.shared)
+        found = _planned(inputs, self.shared) if self.is_on else None
         if found is None:
             yield
             return
@@ -96,11 +99,16 @@ class _Run:
         config._attn_implementation = NAME
         try:
             found = self._inner(**given)
+            left = [k for k, v in found.items() if v is not None] if isinstance(found, dict) else []
+            if left != ["last_hidden_state"]:
+                raise Unpackable(f"the body returns {', '.join(left) or type(found).__name__}")
+        except Unpackable as error:  # what it was not given when it was tried
+            logger.warning("micro-batches run padded from now on: %s", error)
+            self._packed.is_on, found = False, None
         finally:
             config._attn_implementation = attention
-        left = [k for k, v in found.items() if v is not None] if isinstance(found, dict) else []
-        if left != ["last_hidden_state"]:
-            raise Unpackable(f"the body returns {', '.join(left) or type(found).__name__}")
+        if found is None:
+            return self._inner(**named)
         hidden_1SD: Tensor = found["last_hidden_state"]
         if hidden_1SD.requires_grad:  # gradient checkpointing runs its layers again, in backward
             hidden_1SD.register_hook(self._before_backward)
