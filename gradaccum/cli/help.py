@@ -11,10 +11,12 @@ commands:
   verify    tell whether a loop or a trainer accumulates exactly, and if not, why
   plan      tell what a run needs, what fits and what is fastest, before it runs: neither weights
             nor a GPU are needed
+  bench     time a run against TRL's trainer and a plain loop, and check their gradients
 
   gradaccum train --help      what train takes
   gradaccum verify --help     what verify takes
   gradaccum plan --help       what plan takes
+  gradaccum bench --help      what bench takes
   gradaccum --version         the version
 """
 
@@ -145,4 +147,40 @@ no memory and larger micro-batches the reverse, up to the knee beyond which they
 to pass to gradaccum, or to stock TrainingArguments; what was assumed.
 
 exit codes: 0 done, 1 nothing fits, 2 wrong flags
+"""
+
+BENCH = """\
+usage: gradaccum bench [flags of train] [--contenders LIST] [--rounds 5] [--steps 2]
+                       [--plot FILE] [--json]
+
+Run these flags by several contenders side by side, and say what each costs and whether its gradient
+is right. Each is a process of its own; they take turns, in another order each round, and speeds are
+compared within a round. Nothing is saved.
+
+  gradaccum bench                                             the embedded example
+  gradaccum bench --model_name_or_path ./model --dataset_name pairs.jsonl \\
+                  --effective_batch_size 64 --max_length 2048
+  gradaccum bench --contenders "ours,stock 2x16,stock 2x16 packing,loop" --plot bench.png
+
+  --contenders LIST      which, separated by commas:
+    ours                 TRL's SFTTrainer with gradaccum attached
+    loop                 a plain loop: the model's own loss, one sequence at a time, no padding
+    stock, stock RxS     TRL's SFTTrainer with R rows in each of S accumulation steps; without RxS
+                         as the flags say, or 2 rows at a time
+    stock RxS HOW        the same with group_by_length, batch_rebalance, packing or padding_free
+                         default: stock, stock 1 row at a time, loop, ours
+  --rounds N             how often each has a turn; a turn before warms up and is not counted
+  --steps N              optimizer steps in a turn
+  --plot FILE            a picture (.png or .svg): speed and memory
+  --json                 all of it as JSON
+
+What is printed: seconds a step; trained tokens a second (labels that are not masked), which are
+what is compared, since packing changes what is in a batch; the share of padding; peak memory beyond
+what was held before the first step (on the CPU that of the process, a coarse measure; ours with the
+micro-batches by which --budget auto is found); the error of the first step's gradient against
+float64, on the CPU and without dropout.
+
+On an accelerator each turn is a new process, so that one model at a time is in its memory.
+
+exit codes: 0 done, 1 a contender failed, 2 wrong flags or data
 """

@@ -11,7 +11,7 @@ import sys
 from typing import Any
 
 import gradaccum
-from gradaccum.cli.help import PLAN, TRAIN, USAGE, VERIFY
+from gradaccum.cli.help import BENCH, PLAN, TRAIN, USAGE, VERIFY
 from gradaccum.errors import BadInput, GradaccumError, MissingExtra, PeerFailed
 
 
@@ -25,7 +25,12 @@ def main(argv: list[str] | None = None) -> int:
         print(f"gradaccum {gradaccum.__version__}")
         return 0
     try:
-        commands = {"train": (TRAIN, _train), "verify": (VERIFY, _verify), "plan": (PLAN, _plan)}
+        commands = {
+            "train": (TRAIN, _train),
+            "verify": (VERIFY, _verify),
+            "plan": (PLAN, _plan),
+            "bench": (BENCH, _bench),
+        }
         if words[0] not in commands:
             raise BadInput(f"there is no command {words[0]!r}", hint="gradaccum --help")
         text, run = commands[words[0]]
@@ -52,6 +57,10 @@ def _train(words: list[str]) -> int:
 
 def _plan(words: list[str]) -> int:
     return _imported("plan").run(words)
+
+
+def _bench(words: list[str]) -> int:
+    return _imported("bench").run(words)
 
 
 def _imported(name: str) -> Any:

@@ -175,6 +175,19 @@ def _output_directory(arguments: Arguments, resume: str | None) -> Path:
 
 def _trainer(arguments: Arguments, output: Path) -> Any:
     """Build the SFTTrainer of the flags, with the accumulation attached."""
+    trainer: Any = _sft(arguments, output)
+    attach(
+        trainer,
+        effective_batch_size=arguments.effective_batch_size,
+        budget=arguments.budget,
+        memory=arguments.memory,
+    )
+    trainer.accumulation.may_checkpoint = "gradient_checkpointing" not in arguments.given
+    return trainer
+
+
+def _sft(arguments: Arguments, output: Path) -> SFTTrainer:
+    """Build the SFTTrainer of the flags as it is."""
     script, training, model_args = arguments.script, arguments.training, arguments.model
     if training.use_liger_kernel and not is_liger_kernel_available():
         raise BadInput(
@@ -207,15 +220,7 @@ def _trainer(arguments: Arguments, output: Path) -> Any:
     training.disable_tqdm = True
     trainer.remove_callback(transformers.trainer_callback.ProgressCallback)
     trainer.remove_callback(transformers.trainer_callback.PrinterCallback)
-    attach(
-        trainer,
-        effective_batch_size=arguments.effective_batch_size,
-        budget=arguments.budget,
-        memory=arguments.memory,
-    )
-    attached: Any = trainer
-    attached.accumulation.may_checkpoint = "gradient_checkpointing" not in arguments.given
-    return attached
+    return trainer
 
 
 def _dataset(arguments: Arguments, split_name: str) -> Any:
