@@ -82,7 +82,8 @@ class Micro(NamedTuple):
 
     Args:
         examples: Positions in the effective batch.
-        size: Padded size: number of examples times the largest size.
+        size: As it runs: number of examples times the largest size; packed, their sum, in which
+            what examples begin with alike counts once.
         useful: Sum of the sizes, without padding.
     """
 
@@ -97,7 +98,7 @@ class Share(NamedTuple):
     Args:
         num_micros: Micro-batches.
         num_examples: Examples.
-        padded: Size of all micro-batches with padding.
+        padded: Size of all micro-batches as they run: with padding, without what they share.
         useful: Size of all examples without padding.
     """
 
@@ -224,7 +225,7 @@ class Step:
 
     @property
     def padded(self) -> int:
-        """Return the size of all micro-batches with padding."""
+        """Return the size of all micro-batches as they run, padding and sharing included."""
         return sum(share.padded for share in self.shares)
 
     @property

@@ -184,12 +184,12 @@ def test_it_halves_until_it_fits_and_stays_there(caplog):
 
     with caplog.at_level(logging.WARNING):
         model, step, _, accumulator = found = ran(WHOLE, make=make)
-    assert [recovery.limit.tokens for recovery in step.recoveries] == [48, 24, 12]
-    assert accumulator.limit == gradaccum.Budget(tokens=12) and accumulator.budget == WHOLE
-    same(found, ran(gradaccum.Budget(tokens=12)))
+    assert [recovery.limit.tokens for recovery in step.recoveries] == [48, 18]
+    assert accumulator.limit == gradaccum.Budget(tokens=18) and accumulator.budget == WHOLE
+    same(found, ran(gradaccum.Budget(tokens=18)))
     said = [record.getMessage() for record in caplog.records]
-    assert len(said) == 3 and "8 examples of size 96" in said[0] and "up to 48 tokens" in said[0]
-    assert "out of memory, now 12 tokens" in str(step)
+    assert len(said) == 2 and "8 examples of size 96" in said[0] and "up to 48 tokens" in said[0]
+    assert "out of memory, now 18 tokens" in str(step)
     model.zero_grad()
     assert not accumulator.backward(EXAMPLES).recoveries
 
@@ -207,7 +207,7 @@ def test_a_measured_loss_shrinks_as_well_and_is_measured_once():
         models.model(), objective, budget=WHOLE, collate=models.collated
     )
     step = accumulator.backward(EXAMPLES)
-    assert [r.limit.tokens for r in step.recoveries] == [48, 24] and accumulator.limit.tokens == 24
+    assert [r.limit.tokens for r in step.recoveries] == [48, 18] and accumulator.limit.tokens == 18
     once = len(calls)
     accumulator.model.zero_grad()
     assert accumulator.backward(EXAMPLES).loss == step.loss

@@ -37,7 +37,7 @@ MODIFIERS = ("group_by_length", "batch_rebalance", "packing", "padding_free")
 
 @dataclass(frozen=True, slots=True)
 class Spec:
-    """Say what a contender is: ours, the plain loop, or TRL's trainer with rows x steps."""
+    """Say what a contender is: ours, a plain loop or TRL's trainer, these with rows x steps."""
 
     kind: str
     rows: int = 0
@@ -46,9 +46,8 @@ class Spec:
 
     @property
     def name(self) -> str:
-        if self.kind != STOCK:
-            return self.kind
-        return f"stock {self.rows}x{self.steps} {self.modifier}".strip()
+        shape = f"{self.rows}x{self.steps}" if self.rows else ""
+        return " ".join(part for part in (self.kind, shape, self.modifier) if part)
 
 
 def read(text: str, shape: tuple[int, int] = (1, 1)) -> Spec:
@@ -67,19 +66,19 @@ def read(text: str, shape: tuple[int, int] = (1, 1)) -> Spec:
     kind, *rest = text.split() or [""]
     if kind in (OURS, LOOP) and not rest:
         return Spec(kind)
-    if kind != STOCK:
+    if kind not in (LOOP, STOCK):
         _refuse(text)
     if rest and (found := re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", rest[0])):
         shape, rest = (int(found[1]), int(found[2])), rest[1:]
-    if len(rest) > 1 or (rest and rest[0] not in MODIFIERS):
+    if len(rest) > 1 or (rest and (kind == LOOP or rest[0] not in MODIFIERS)):
         _refuse(text)
-    return Spec(STOCK, *shape, *rest)
+    return Spec(kind, *shape, *rest)
 
 
 def _refuse(text: str) -> NoReturn:
     raise BadInput(
         f"there is no contender {text!r}",
-        hint="ours, loop, stock, or as stock 2x16: rows x accumulation steps; after it one of "
+        hint="ours, loop, stock, or as stock 2x16: rows x accumulation steps; after stock one of "
         + ", ".join(MODIFIERS),
     )
 
@@ -119,7 +118,7 @@ def _run(spec: Spec, arguments: Arguments, stage: Stage, folder: Path) -> None:
     set_seed(arguments.training.seed)  # building drew more numbers for one than for another
     stage.wait(trainer.args.device, {"gradient error": watch.error})
     if spec.kind == LOOP:
-        _loop(trainer, watch)
+        _loop(trainer, watch, spec.rows or 1)
     else:
         watch.follow()
         trainer.train()
@@ -245,8 +244,8 @@ class Watch(TrainerCallback):
         return told | {"error": found}
 
 
-def _loop(trainer: Any, watch: Watch) -> None:
-    """Train with the stock model and its stock loss, one sequence at a time, without padding."""
+def _loop(trainer: Any, watch: Watch, rows: int) -> None:
+    """Train with the stock model and its stock loss, so many rows at a time."""
     args, model = trainer.args, trainer.model
     if trainer.accelerator.mixed_precision == "fp16":
         raise BadInput("the loop does not scale its loss as fp16 needs", hint="--bf16")
@@ -258,7 +257,9 @@ def _loop(trainer: Any, watch: Watch) -> None:
     scheduler = trainer.create_scheduler(args.max_steps, optimizer)
     for examples in _batches(trainer):
         watch.deliver(examples)
-        batches = [trainer.data_collator([example]) for example in examples.examples]
+        given = examples.examples
+        parts = [given[i : i + rows] for i in range(0, len(given), rows)]
+        batches = [trainer.data_collator(part) for part in parts]
         count = sum((batch["labels"][:, 1:] != -100).sum() for batch in batches)
         for batch in batches:
             inputs = trainer._prepare_inputs(batch)

@@ -164,7 +164,8 @@ compared within a round. Nothing is saved.
 
   --contenders LIST      which, separated by commas:
     ours                 TRL's SFTTrainer with gradaccum attached
-    loop                 a plain loop: the model's own loss, one sequence at a time, no padding
+    loop, loop RxS       a plain loop: the model's own loss, one sequence at a time (no padding), or
+                         R at a time
     stock, stock RxS     TRL's SFTTrainer with R rows in each of S accumulation steps; without RxS
                          as the flags say, or 2 rows at a time
     stock RxS HOW        the same with group_by_length, batch_rebalance, packing or padding_free

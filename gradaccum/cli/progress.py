@@ -41,6 +41,18 @@ class Samples:
         return epochs * self._epoch + rest * self._size
 
 
+def padding_or_shared(useful: int, run: int) -> str:
+    """Say how many of the tokens that ran were padding, or how many did not have to run.
+
+    Example:
+        >>> padding_or_shared(90, 100), padding_or_shared(100, 60)
+        ('padding 10%', '40% of the tokens shared')
+    """
+    if run < useful:
+        return f"{1 - run / useful:.0%} of the tokens shared"
+    return f"padding {1 - useful / max(1, run):.0%}"
+
+
 class Progress(TrainerCallback):
     """Show samples, tokens per second, loss, time left and peak memory on stderr.
 
@@ -93,7 +105,7 @@ class Progress(TrainerCallback):
         print(
             f"step {state.global_step}/{state.max_steps} | "
             f"{counted(self._samples.after(state.global_step), 'sample')} | {step} | "
-            f"padding {1 - step.useful / max(1, step.padded):.0%} | {rate:,.0f} tokens/s | "
+            f"{padding_or_shared(step.useful, step.padded)} | {rate:,.0f} tokens/s | "
             f"{_clock(left)} left",
             file=sys.stderr,
             flush=True,

@@ -12,7 +12,7 @@ from typing import Any
 import datasets
 
 from gradaccum.cli.arguments import Arguments
-from gradaccum.cli.progress import Metrics
+from gradaccum.cli.progress import Metrics, padding_or_shared
 from gradaccum.cli.ranks import IS_FIRST
 from gradaccum.device import suppressing_out_of_memory
 from gradaccum.objective import causal_lm, length
@@ -107,7 +107,7 @@ def summarise(
         f"trained   {counted(totals['steps'], 'step')}, {counted(totals['samples'], 'sample')}, "
         f"{totals['trained_tokens']:,} trained of {totals['tokens']:,} tokens "
         f"in {totals['seconds']:.0f} s ({summary['tokens_per_second']:,.0f} tokens/s), "
-        f"padding {summary['padding']:.0%}"
+        f"{padding_or_shared(totals['tokens'], totals['padded'])}"
     )
     if losses:
         print(

@@ -83,7 +83,8 @@ def find_layout(
         if not is_out_of_memory(error):
             raise
         return None
-    if per_token[packed] > SLOWER * per_token[None]:
+    # Where one did not fit, there is nothing to compare; packed takes no more than padded.
+    if len(per_token) == len(cuts) and per_token[packed] > SLOWER * per_token[None]:
         logger.info("micro-batches run padded, which is faster here")
         return None
     return packed

@@ -121,7 +121,8 @@ def uneven(rank: int, world: int, full_determinism: bool = False) -> dict:
     )
     trainer.args.full_determinism = full_determinism
     steps = Steps(trainer)
-    seconds = property(lambda step: float(step.shares[rank].useful * (1 + 2 * rank)))
+    # What measures runs alone, as the only share.
+    seconds = property(lambda step: float(step.shares[step.rank].useful * (1 + 2 * rank)))
     with replaced(Step, "seconds", seconds):
         trainer.train()
     return report(trainer, record) | {"asked": data.asked, "shares": steps.shares}

@@ -1,0 +1,150 @@
+"""Show how cost grows: a step with the effective batch, a sequence with its length, a split.
+
+A step: functions of the standard library, a small model of their vocabulary, effective batches from
+32 to 8,192, the same examples over and over; milliseconds a thousand trained tokens and the peak of
+tensors beyond the model. Rounds are interleaved; smaller batches take several steps in their turn.
+
+    python benchmarks/scale.py --rounds 5 --out benchmarks/results/scale.json
+"""
+
+import argparse
+import itertools
+import random
+import statistics
+import time
+
+import torch
+import transformers
+from common import publish
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import gradaccum
+from gradaccum.cli import embedded
+from gradaccum.memory.tracker import PARAMETERS, Tracker
+from gradaccum.split import split
+
+SIZES = (32, 128, 512, 2048, 8192)
+LENGTHS = (256, 512, 1024, 2048, 4096, 8192)
+BUDGET = gradaccum.Budget(tokens=1024)
+
+
+def small(vocabulary):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=vocabulary, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+        num_attention_heads=4, max_position_embeddings=8192,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).train()
+
+
+def tokenized(num):
+    pairs = embedded.functions(num)
+    tokenizer = embedded.tokenizer(p["prompt"] + p["completion"] for p in pairs)
+    rows = []
+    for pair in pairs:
+        prompt, own = (tokenizer(pair[k])["input_ids"] for k in ("prompt", "completion"))
+        labels = [-100] * len(prompt) + own
+        rows.append({"input_ids": (prompt + own)[:512], "labels": labels[:512]})
+    return [row for row in rows if any(t != -100 for t in row["labels"][1:])], len(tokenizer)
+
+
+def stepping(model, rows, rounds):
+    """Return the cost of a trained token at each size, and the peak of tensors."""
+    accumulator = gradaccum.Accumulator(model, gradaccum.causal_lm(), budget=BUDGET)
+    endless = itertools.cycle(rows)
+    most = list(itertools.islice(endless, SIZES[-1]))
+    found = {size: [] for size in SIZES}
+    accumulator.backward(most[:32]), model.zero_grad()
+    for round_ in range(rounds):
+        for size in SIZES if round_ % 2 else SIZES[::-1]:
+            begin, weight = time.perf_counter(), 0.0
+            # Each turn runs the same 2,048 examples, or all of the largest.
+            for start in range(0, max(2048, size), size):
+                weight += accumulator.backward(most[start : start + size]).weight
+                model.zero_grad()
+            found[size].append(1e6 * (time.perf_counter() - begin) / weight)
+            print(round_, size, round(found[size][-1], 1), flush=True)
+    peaks = {}
+    for size in (32, 512):
+        tracker = Tracker()
+        tracker.follow(model, None, ())
+        try:
+            with tracker:
+                accumulator.backward(most[:size])
+        finally:
+            tracker.close()
+        peaks[size] = tracker.peak_bytes - tracker.peak[PARAMETERS]
+        model.zero_grad()
+    base = statistics.median(found[SIZES[0]])
+    return {
+        size: {
+            "ms_per_1000_trained_tokens": round(statistics.median(times), 2),
+            "spread": [round(min(times), 2), round(max(times), 2)],
+            "times_that_of_32": round(statistics.median(times) / base, 3),
+            "peak_tensor_mib": round(peaks[size] / 2**20, 1) if size in peaks else None,
+        }
+        for size, times in found.items()
+    }
+
+
+def lengthening(model, rounds):
+    """Return the seconds of one sequence, and what a line and a square through them say."""
+    accumulator = gradaccum.Accumulator(
+        model, gradaccum.causal_lm(), budget=gradaccum.Budget(tokens=LENGTHS[-1])
+    )
+    times = {length: [] for length in LENGTHS}
+    for round_ in range(rounds + 1):
+        for length in LENGTHS:
+            ids = torch.randint(3, 1000, (length,)).tolist()
+            begin = time.perf_counter()
+            accumulator.backward([{"input_ids": ids, "labels": ids}])
+            if round_:
+                times[length].append(time.perf_counter() - begin)
+            model.zero_grad()
+    medians = {length: statistics.median(t) for length, t in times.items()}
+    features = torch.tensor([[1.0, n, n**2] for n in LENGTHS], dtype=torch.float64)
+    scale = features.amax(0)
+    target = torch.tensor(list(medians.values()), dtype=torch.float64)[:, None]
+    weights = 1 / target  # relative errors
+    solved = torch.linalg.lstsq(features / scale * weights, target * weights).solution
+    fitted = (features / scale @ solved)[:, 0].tolist()
+    return {
+        length: {"seconds": round(medians[length], 4), "fitted": round(value, 4)}
+        for length, value in zip(LENGTHS, fitted, strict=True)
+    }
+
+
+def splitting():
+    draw = random.Random(0)
+    lengths = [min(8192, int(draw.lognormvariate(5, 1)) + 1) for _ in range(100_000)]
+    rows = [{"input_ids": [1] * length} for length in lengths]
+    found = {}
+    for packed in (False, True):
+        budget = gradaccum.Budget(tokens=16_384)
+        begin = time.perf_counter()
+        micros = split(rows, gradaccum.causal_lm(), budget, packed=packed)
+        found["packed" if packed else "padded"] = {
+            "seconds": round(time.perf_counter() - begin, 2),
+            "micro_batches": len(micros),
+            "least_possible": -(-sum(lengths) // 16_384),
+        }
+    return found
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out")
+    options = parser.parse_args()
+    rows, vocabulary = tokenized(2500)
+    model = small(vocabulary)
+    figures = {
+        "split of 100,000 examples, 16,384 tokens": splitting(),
+        "one sequence of so many tokens": lengthening(model, options.rounds),
+        "effective batch": stepping(model, rows, options.rounds),
+    }
+    publish(figures, options.out, transformers)
+
+
+if __name__ == "__main__":
+    main()

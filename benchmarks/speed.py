@@ -1,0 +1,116 @@
+"""Race everybody's accumulation over some workloads: a process each, in turns; see `bench`.
+
+    python benchmarks/speed.py ragged --rounds 5 --out benchmarks/results/speed_ragged.json
+
+Workloads, of functions of the standard library, for the embedded model:
+
+    ragged       prompt and completion, up to 1,024 tokens
+    long-tailed  lengths from a lognormal distribution, up to 8,192 tokens
+    uniform      256 tokens each: nobody has padding, nobody should win
+    chat         one system prompt of about 300 tokens before each prompt
+"""
+
+import argparse
+import json
+import random
+import sys
+import tempfile
+from pathlib import Path
+
+import transformers
+import trl
+from common import publish
+
+from gradaccum.bench import Contender, race, rows
+from gradaccum.cli import embedded
+from gradaccum.cli.bench import _table
+
+HERE = Path(__file__).parent
+EFFECTIVE = 32
+STOCK = [
+    "stock 2x16", "stock 4x8", "stock 8x4", "stock 1x32", "stock 2x16 group_by_length",
+    "stock 2x16 batch_rebalance", "stock 2x16 packing", "stock 2x16 padding_free",
+]  # fmt: skip
+OTHERS = ["accelerate 2x16", "lightning 2x16"]
+ALL = [*STOCK, "loop", "loop 2x16", *OTHERS, "ours"]
+
+
+def ragged():
+    return embedded.functions(2000), 1024
+
+
+def long_tailed():
+    """Completions joined until they have about as many characters as the lognormal says."""
+    draw, found = random.Random(0), []
+    texts = [pair["prompt"] + pair["completion"] for pair in embedded.functions(2000)]
+    for number, text in enumerate(texts[:600]):
+        wanted, parts = 4 * min(8192, draw.lognormvariate(5.5, 1.0)), [text]
+        while sum(map(len, parts)) < wanted:
+            parts.append(texts[(number * 7 + 31 * len(parts)) % len(texts)])
+        found.append({"prompt": parts[0][:80], "completion": "".join(parts)[80 : int(wanted) + 80]})
+    return [row for row in found if row["completion"]], 8192
+
+
+def uniform():
+    texts = [pair["prompt"] + pair["completion"] for pair in embedded.functions(2000)]
+    joined = ["\n".join(texts[i : i + 8]) for i in range(0, len(texts), 4)]
+    return [{"text": text} for text in joined if len(text) > 2400], 256
+
+
+def chat():
+    pairs = embedded.functions(2000)
+    system = "You answer as this library does.\n" + "\n".join(p["prompt"] for p in pairs[-30:])
+    return [{**pair, "prompt": system[:1200] + "\n" + pair["prompt"]} for pair in pairs], 1024
+
+
+WORKLOADS = {"ragged": ragged, "long-tailed": long_tailed, "uniform": uniform, "chat": chat}
+
+
+def command(name):
+    if name in OTHERS:
+        return [sys.executable, str(HERE / "racers.py"), name]
+    return [sys.executable, "-m", "gradaccum.cli.contenders", name]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("workload", choices=WORKLOADS)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--only", nargs="*", default=ALL, help="names of contenders")
+    parser.add_argument("--out")
+    options = parser.parse_args()
+    data, length = WORKLOADS[options.workload]()
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "data.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in data))
+        flags = [
+            "--dataset_name", str(file), "--effective_batch_size", str(EFFECTIVE),
+            "--max_length", str(length), "--max_steps", str(options.steps * (options.rounds + 1)),
+        ]  # fmt: skip
+        outcomes = race(
+            [Contender(name, [*command(name), *flags]) for name in options.only],
+            rounds=options.rounds,
+            steps=options.steps,
+            question={"name": "gradient error", "folder": folder},
+            heard=lambda round_, name, turn: print(
+                f"round {round_} {name}: "
+                + (f"{sum(turn.seconds) / len(turn.seconds):.2f} s a step" if turn else "failed"),
+                file=sys.stderr,
+                flush=True,
+            ),
+        )
+    base = options.only[0]
+    found = rows(outcomes, base)
+    print(*_table(found, base), sep="\n", file=sys.stderr)
+    figures = {
+        "workload": options.workload,
+        "effective_batch_size": EFFECTIVE,
+        "rounds": options.rounds,
+        "contenders": [row.to_json() for row in found],
+    }
+    publish(figures, options.out, transformers, trl)
+
+
+if __name__ == "__main__":
+    main()
