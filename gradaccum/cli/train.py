@@ -38,6 +38,7 @@ from gradaccum.types import IGNORE_INDEX
 
 FLAGS = "flags.json"  # in the output directory: with what the run began
 AUTO = "auto"  # the last checkpoint if there is one, else from the beginning
+METRICS_EVERY = 10  # steps: entropy and accuracy take another pass; as often as TRL logs
 LAST = ("last", "true", AUTO)
 # What TRL and transformers say when something is missing, and what to do then.
 HINTS = {
@@ -183,6 +184,8 @@ def _trainer(arguments: Arguments, output: Path) -> Any:
         memory=arguments.memory,
     )
     trainer.accumulation.may_checkpoint = "gradient_checkpointing" not in arguments.given
+    if "logging_steps" not in arguments.given:  # it is 1 then: each step has a line
+        trainer.accumulation.metrics_every = METRICS_EVERY
     return trainer
 
 

@@ -184,6 +184,7 @@ class Accumulation:
         self.memory = memory
         self.found: Found | None = None
         self.may_checkpoint = False  # whether gradient checkpointing is to be chosen as well
+        self.metrics_every: int | None = None  # steps, for what takes another pass; None: as logged
         self.sampler: EffectiveBatchSampler | None = None  # if the loader of a run has one
         self.begin()
 

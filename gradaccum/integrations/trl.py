@@ -171,7 +171,8 @@ class AttachedSFT(AttachedTRL):
     def _runs_plain(self) -> bool:
         """Tell whether this step does without metrics."""
         args, step = self.args, self.state.global_step + 1
-        is_logged = step % max(1, self.state.logging_steps) == 0 or step >= self.state.max_steps
+        every = self.accumulation.metrics_every or max(1, self.state.logging_steps)
+        is_logged = step % every == 0 or step >= self.state.max_steps
         return (
             bool(self._is_plain)
             and self.is_in_train
