@@ -5,7 +5,7 @@ Chat: functions of the standard library behind one system prompt of 300 tokens, 
 DPOTrainer, attached. Ours as it is, without common beginnings ("packed"), and padded. The error is
 that of the first step against one pass, row by row, in float64 (chat) or padded (pairs).
 
-    python benchmarks/shared.py --rounds 7 --out benchmarks/results/shared.json
+    python benchmarks/shared.py --rounds 7 --only chat --out benchmarks/results/shared.json
 """
 
 import argparse
@@ -120,6 +120,7 @@ def preferences(net, tokenizer, pairs):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--only", choices=("chat", "pairs"))
     parser.add_argument("--out")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
@@ -128,7 +129,9 @@ def main():
     pairs = embedded.functions(2000)
     tokenizer = embedded.tokenizer(p["prompt"] + p["completion"] for p in pairs)
     net, figures = embedded.model(tokenizer), {}
-    for name, make in (("chat", chat), ("pairs (DPO)", preferences)):
+    for name, make in (("chat", chat), ("pairs", preferences)):
+        if options.only not in (None, name):
+            continue
         steps, truth = make(net, tokenizer, pairs)
         seconds, rows = {layout: [] for layout in steps}, {}
         for round_ in range(options.rounds + 1):  # the first warms up
