@@ -172,13 +172,10 @@ class AttachedSFT(AttachedTRL):
         """Tell whether this step does without metrics."""
         args, step = self.args, self.state.global_step + 1
         every = self.accumulation.metrics_every or max(1, self.state.logging_steps)
-        is_logged = step % every == 0 or step >= self.state.max_steps
-        return (
-            bool(self._is_plain)
-            and self.is_in_train
-            and args.logging_strategy == IntervalStrategy.STEPS
-            and not (is_logged or (args.logging_first_step and step == 1))
-        )
+        # Not by where the run ends: one that is resumed computes each step as if it had gone on.
+        is_logged = step % every == 0 or (args.logging_first_step and step == 1)
+        is_by_steps = args.logging_strategy == IntervalStrategy.STEPS
+        return bool(self._is_plain) and self.is_in_train and is_by_steps and not is_logged
 
     def _is_own_trl(self) -> bool:
         is_replaced = "compute_loss" in vars(self) or self.compute_loss_func is not None
