@@ -42,7 +42,7 @@ def flat(model):
 
 
 def chat(net, tokenizer, pairs):
-    """Return a function for each layout that runs a step and returns its seconds and tokens."""
+    """Return a function for each layout that runs a step and returns its seconds and gradient."""
     system = tokenizer(" ".join(p["prompt"] for p in pairs[-40:]))["input_ids"][:SYSTEM]
     rows = []
     for pair in pairs[:EFFECTIVE]:
@@ -59,10 +59,10 @@ def chat(net, tokenizer, pairs):
 
         def step():
             begin = time.perf_counter()
-            done = accumulator.backward(rows)
+            accumulator.backward(rows)
             seconds, gradient = time.perf_counter() - begin, flat(model)
             model.zero_grad()
-            return seconds, gradient, done.padded
+            return seconds, gradient
 
         return step
 
@@ -106,10 +106,10 @@ def preferences(net, tokenizer, pairs):
         def step():
             begin = time.perf_counter()
             window = trainer._prepare(trainer.model, Examples(list(batch)))
-            done = accumulator.backward(window)
+            accumulator.backward(window)
             seconds, gradient = time.perf_counter() - begin, flat(trainer.model)
             trainer.model.zero_grad()
-            return seconds, gradient, done.padded
+            return seconds, gradient
 
         return step
 
@@ -138,9 +138,8 @@ def main():
             order = list(steps)
             first = round_ % len(order)
             for layout in order[first:] + order[:first]:
-                taken, gradient, tokens = steps[layout]()
+                taken, gradient = steps[layout]()
                 rows[layout] = {
-                    "tokens_run": tokens,
                     "gradient_error": float(f"{(gradient - truth).norm() / truth.norm():.1e}"),
                 }
                 if round_:
