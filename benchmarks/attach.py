@@ -58,7 +58,7 @@ class OfTrainer:
     def __init__(self, net, tokenizer, data, steps, attach=None, **settings):
         args = SFTConfig(
             output_dir=tempfile.mkdtemp(), max_steps=steps, use_cpu=True, bf16=False, report_to=[],
-            gradient_checkpointing=False, save_strategy="no", logging_steps=10, disable_tqdm=True,
+            gradient_checkpointing=False, save_strategy="no", logging_steps=1, disable_tqdm=True,
             learning_rate=1e-3, lr_scheduler_type="constant", dataloader_pin_memory=False,
             **settings,
         )  # fmt: skip

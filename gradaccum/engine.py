@@ -467,13 +467,14 @@ class Accumulator:
         losses: list[Tensor] = []
         reported: list[Tensor] = []
         filler = ranks.borrow(self._filler(window))
-        running = nullcontext if self.layout is None else self.layout.running
+        running = self.layout.running if self.layout is not None else lambda *_: nullcontext()
         for i, (micro, inputs) in enumerate(zip(window.micros, window.inputs, strict=True)):
             self._running = micro
             # A micro-batch without weight adds zero; running it could add 0 * inf instead.
             if window.weights is None or any(window.weights[i].values()):
-                with ranks.micro(), running(inputs):
-                    loss = window.losses[i](model, to_device(inputs, device))
+                moved = to_device(inputs, device)
+                with ranks.micro(), running(inputs, moved):
+                    loss = window.losses[i](model, moved)
                     if window.weights is None or window.totals is None:
                         part, weight = sum_and_weight(loss, device)
                         parts = [part]

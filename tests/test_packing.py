@@ -173,7 +173,7 @@ def test_the_model_is_left_as_it_was():
     model = made("llama")
     before = model.config._attn_implementation
     packed, inputs = Packed(model), pad_collate(EXAMPLES)
-    with contextlib.suppress(ZeroDivisionError), packed.running(inputs):
+    with contextlib.suppress(ZeroDivisionError), packed.running(inputs, inputs):
         causal_lm().loss(model, inputs).backward()
         assert packed.num_run == trie(ROWS, 16)
         raise ZeroDivisionError
@@ -185,7 +185,7 @@ def test_what_another_row_holds_does_not_matter():
     model, found = made("llama"), []
     for other in (3, 9):
         inputs = pad_collate([EXAMPLES[0], {"input_ids": [other] * 40, "labels": [-100] * 40}])
-        with Packed(model).running(inputs):
+        with Packed(model).running(inputs, inputs):
             found.append(model.model(**{k: inputs[k] for k in ("input_ids", "attention_mask")}))
     first, second = (outputs.last_hidden_state[0, : len(ROWS[0])] for outputs in found)
     torch.testing.assert_close(first, second, rtol=1e-12, atol=1e-14)
@@ -196,7 +196,7 @@ def test_other_inputs_inside_run_as_they_are():
     other = pad_collate([{"input_ids": row[::-1], "labels": row} for row in ROWS])
     with torch.no_grad():
         expected = model(other["input_ids"], other["attention_mask"]).logits
-        with Packed(model).running(inputs):
+        with Packed(model).running(inputs, inputs):
             found = model(input_ids=other["input_ids"], attention_mask=other["attention_mask"])
     assert torch.equal(found.logits, expected)
 
@@ -251,7 +251,7 @@ def test_what_turns_up_later_is_run_as_it_is():
     packed = Packed(model)
     expected = truth(model, EXAMPLES)
     count = causal_lm().weight(inputs)
-    with packed.running(inputs):
+    with packed.running(inputs, inputs):
         (causal_lm().loss(model, inputs | {"cap": 3.0}) / count).backward()
     assert not packed.is_on and not packed.num_run
     assert oracle.error(oracle.left_in(model), expected) < 1e-12

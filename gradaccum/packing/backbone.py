@@ -41,11 +41,12 @@ class Packed:
         self.is_on = True
 
     @contextmanager
-    def running(self, inputs: Any) -> Iterator[None]:
+    def running(self, inputs: Any, moved: Any) -> Iterator[None]:
         """Pack the forward of a micro-batch inside, which has to run its backward inside as well.
 
         Args:
             inputs: The collated micro-batch, on the host.
+            moved: The same on the device, as the loss is given it.
         """
         found = _planned(inputs, self.shared) if self.is_on else None
         if found is None:
@@ -53,7 +54,7 @@ class Packed:
             return
         body, own = self.body, vars(self.body).get("forward")
         attention = body.config._attn_implementation
-        run = _Run(self, *found, body.forward)
+        run = _Run(self, *found, moved["input_ids"], body.forward)
         ALL_ATTENTION_FUNCTIONS.register(NAME, run.attend)
         body.forward = run.forward
         try:
@@ -72,11 +73,15 @@ class _Run:
         packed: Of whose body.
         plan: How it is packed.
         ids_BT: Its tokens on the host.
+        moved_BT: Its tokens on the device.
         inner: The body's own forward.
     """
 
-    def __init__(self, packed: Packed, plan: Plan, ids_BT: Tensor, inner: Any) -> None:
-        self._packed, self._plan, self._ids_BT, self._inner = packed, plan, ids_BT, inner
+    def __init__(
+        self, packed: Packed, plan: Plan, ids_BT: Tensor, moved_BT: Tensor, inner: Any
+    ) -> None:
+        self._packed, self._plan, self._inner = packed, plan, inner
+        self._ids_BT, self._moved_BT = ids_BT, moved_BT
 
     def forward(self, *args: Any, **given: Any) -> Any:
         """Run the body packed if it is given what was planned, else as it is."""
@@ -128,9 +133,11 @@ class _Run:
         self._packed.body.config._attn_implementation = NAME
 
     def _is_planned(self, ids: Tensor) -> bool:
+        """Tell whether these are the tokens of the plan, without asking the device."""
         if ids.shape != self._ids_BT.shape:
             return False
-        return ids.device.type != "cpu" or torch.equal(ids, self._ids_BT)
+        is_same = ids.data_ptr() == self._moved_BT.data_ptr()  # alive, so that no other has it
+        return is_same or (ids.device.type == "cpu" and torch.equal(ids, self._ids_BT))
 
 
 def _planned(inputs: Any, shared: int) -> tuple[Plan, Tensor] | None:

@@ -26,8 +26,13 @@ SHARED = 16
 class Layout(Protocol):
     """Lay a micro-batch out for the model in another way than it was collated."""
 
-    def running(self, inputs: Any) -> AbstractContextManager[None]:
-        """Do so inside, where a micro-batch with these inputs on the host runs both ways."""
+    def running(self, inputs: Any, moved: Any) -> AbstractContextManager[None]:
+        """Do so inside, where a micro-batch runs both ways.
+
+        Args:
+            inputs: As collated, on the host.
+            moved: The same on the device, as the loss is given them.
+        """
         ...
 
 
