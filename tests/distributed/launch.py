@@ -20,6 +20,7 @@ import importlib
 import multiprocessing
 import os
 import pickle
+import random
 import shutil
 import signal
 import socket
@@ -251,10 +252,16 @@ def descendants(pid: int) -> list[int]:
 
 
 def free_port() -> int:
-    """Return a port that nobody listens on."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+    """Return a port that nobody listens on, nor is given while it waits to be used.
+
+    Below those that the system gives to whoever asks for any, as gloo and other tests do, until
+    the one who asked here has listened on it.
+    """
+    while True:
+        port = random.SystemRandom().randrange(10_000, 32_768)
+        with socket.socket() as listener, contextlib.suppress(OSError):
+            listener.bind(("127.0.0.1", port))
+            return port
 
 
 def _name(function: Callable[..., Any] | str) -> str:
