@@ -32,7 +32,7 @@ STOCK = [
     "stock 2x16 batch_rebalance", "stock 2x16 packing", "stock 2x16 padding_free",
 ]  # fmt: skip
 OTHERS = ["accelerate 2x16", "lightning 2x16"]
-ALL = [*STOCK, "loop", "loop 2x16", *OTHERS, "ours"]
+ALL = [*STOCK, "loop", "loop 2x16", *OTHERS, "ours", "ours 512"]
 
 
 def ragged():
@@ -66,10 +66,13 @@ def chat():
 WORKLOADS = {"ragged": ragged, "long-tailed": long_tailed, "uniform": uniform, "chat": chat}
 
 
-def command(name):
+def command(name, flags):
+    """Return what runs a contender; "ours 512" has a budget of 512 tokens, "ours" finds one."""
     if name in OTHERS:
-        return [sys.executable, str(HERE / "racers.py"), name]
-    return [sys.executable, "-m", "gradaccum.cli.contenders", name]
+        return [sys.executable, str(HERE / "racers.py"), name, *flags]
+    kind, _, budget = name.partition(" ") if name.startswith("ours") else (name, "", "")
+    own = ["--budget", f"{budget} tokens"] if budget else []
+    return [sys.executable, "-m", "gradaccum.cli.contenders", kind, *flags, *own]
 
 
 def main():
@@ -89,7 +92,7 @@ def main():
             "--max_length", str(length), "--max_steps", str(options.steps * (options.rounds + 1)),
         ]  # fmt: skip
         outcomes = race(
-            [Contender(name, [*command(name), *flags]) for name in options.only],
+            [Contender(name, command(name, flags)) for name in options.only],
             rounds=options.rounds,
             steps=options.steps,
             question={"name": "gradient error", "folder": folder},
