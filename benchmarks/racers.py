@@ -19,10 +19,9 @@ from gradaccum.cli.arguments import parse
 from gradaccum.cli.contenders import Spec, Watch
 
 
-def micro_batches(trainer, watch, rows):
+def micro_batches(trainer, rows):
     """Yield the collated micro-batches of one step after the other."""
     for examples in contenders._batches(trainer):
-        watch.deliver(examples)
         given = examples.examples
         for i in range(0, len(given), rows):
             yield dict(trainer.data_collator(given[i : i + rows]))
@@ -36,7 +35,8 @@ def of_accelerate(trainer, watch, rows, steps):
     GradientState._reset_state()
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=steps)
     model, optimizer = accelerator.prepare(trainer.model.train(), trainer.optimizer)
-    for micro in micro_batches(trainer, watch, rows):
+    for micro in micro_batches(trainer, rows):
+        watch.deliver(micro)
         with accelerator.accumulate(model):
             accelerator.backward(model(**micro, use_cache=False).loss)
             if accelerator.sync_gradients:
@@ -57,6 +57,7 @@ def of_lightning(trainer, watch, rows, steps):
             self.net = trainer.model.train()
 
         def training_step(self, batch, batch_idx):
+            watch.deliver(batch)  # not before: it reads ahead
             return self.net(**batch, use_cache=False).loss
 
         def on_before_optimizer_step(self, optimizer):
@@ -71,7 +72,7 @@ def of_lightning(trainer, watch, rows, steps):
 
     class Micros(torch.utils.data.IterableDataset):
         def __iter__(self):
-            return micro_batches(trainer, watch, rows)
+            return micro_batches(trainer, rows)
 
     pl.Trainer(
         accelerator="cpu", devices=1, max_epochs=1, logger=False, enable_checkpointing=False,

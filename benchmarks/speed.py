@@ -2,12 +2,14 @@
 
     python benchmarks/speed.py ragged --rounds 5 --out benchmarks/results/speed_ragged.json
 
-Workloads, of functions of the standard library, for the embedded model:
+Workloads, of functions of the standard library, 32 a step, for the embedded model unless it says:
 
     ragged       prompt and completion, up to 1,024 tokens
     long-tailed  lengths from a lognormal distribution, up to 8,192 tokens
     uniform      256 tokens each: nobody has padding, nobody should win
     chat         one system prompt of about 300 tokens before each prompt
+    100m         ragged, 16 a step, up to 512 tokens, a Llama of 98 million parameters
+    qlora        ragged, up to 512 tokens, adapters on a Llama of 30 million parameters in 4 bits
 """
 
 import argparse
@@ -17,16 +19,17 @@ import sys
 import tempfile
 from pathlib import Path
 
+import torch
 import transformers
 import trl
 from common import publish
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from gradaccum.bench import Contender, race, rows
 from gradaccum.cli import embedded
 from gradaccum.cli.bench import _table
 
 HERE = Path(__file__).parent
-EFFECTIVE = 32
 STOCK = [
     "stock 2x16", "stock 4x8", "stock 8x4", "stock 1x32", "stock 2x16 group_by_length",
     "stock 2x16 batch_rebalance", "stock 2x16 packing", "stock 2x16 padding_free",
@@ -35,11 +38,11 @@ OTHERS = ["accelerate 2x16", "lightning 2x16"]
 ALL = [*STOCK, "loop", "loop 2x16", *OTHERS, "ours", "ours 512"]
 
 
-def ragged():
-    return embedded.functions(2000), 1024
+def ragged(folder):
+    return embedded.functions(2000), {"max_length": 1024}
 
 
-def long_tailed():
+def long_tailed(folder):
     """Completions joined until they have about as many characters as the lognormal says."""
     draw, found = random.Random(0), []
     texts = [pair["prompt"] + pair["completion"] for pair in embedded.functions(2000)]
@@ -48,22 +51,53 @@ def long_tailed():
         while sum(map(len, parts)) < wanted:
             parts.append(texts[(number * 7 + 31 * len(parts)) % len(texts)])
         found.append({"prompt": parts[0][:80], "completion": "".join(parts)[80 : int(wanted) + 80]})
-    return [row for row in found if row["completion"]], 8192
+    return [row for row in found if row["completion"]], {"max_length": 8192}
 
 
-def uniform():
+def uniform(folder):
     texts = [pair["prompt"] + pair["completion"] for pair in embedded.functions(2000)]
     joined = ["\n".join(texts[i : i + 8]) for i in range(0, len(texts), 4)]
-    return [{"text": text} for text in joined if len(text) > 2400], 256
+    return [{"text": text} for text in joined if len(text) > 2400], {"max_length": 256}
 
 
-def chat():
+def chat(folder):
     pairs = embedded.functions(2000)
     system = "You answer as this library does.\n" + "\n".join(p["prompt"] for p in pairs[-30:])
-    return [{**pair, "prompt": system[:1200] + "\n" + pair["prompt"]} for pair in pairs], 1024
+    rows = [{**pair, "prompt": system[:1200] + "\n" + pair["prompt"]} for pair in pairs]
+    return rows, {"max_length": 1024}
 
 
-WORKLOADS = {"ragged": ragged, "long-tailed": long_tailed, "uniform": uniform, "chat": chat}
+def of_100m(folder):
+    pairs = embedded.functions(2000)
+    path = saved(folder, pairs, hidden_size=768, num_hidden_layers=12, num_attention_heads=12)
+    return pairs, {"model_name_or_path": path, "max_length": 512, "effective_batch_size": 16}
+
+
+def qlora(folder):
+    pairs = embedded.functions(2000)
+    path = saved(folder, pairs, hidden_size=512, num_hidden_layers=8, num_attention_heads=8)
+    return pairs, {
+        "model_name_or_path": path, "max_length": 512, "load_in_4bit": True, "use_peft": True,
+        "lora_target_modules": "all-linear",
+    }  # fmt: skip
+
+
+def saved(folder, pairs, **config):
+    """Save a Llama with random weights and return where."""
+    path = f"{folder}/model"
+    tokenizer = embedded.tokenizer(p["prompt"] + p["completion"] for p in pairs)
+    tokenizer.save_pretrained(path)
+    torch.manual_seed(0)
+    shape = {"intermediate_size": config["hidden_size"] * 8 // 3, "vocab_size": len(tokenizer)}
+    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1}
+    LlamaForCausalLM(LlamaConfig(**config, **shape, **special)).save_pretrained(path)
+    return path
+
+
+WORKLOADS = {
+    "ragged": ragged, "long-tailed": long_tailed, "uniform": uniform, "chat": chat,
+    "100m": of_100m, "qlora": qlora,
+}  # fmt: skip
 
 
 def command(name, flags):
@@ -83,14 +117,15 @@ def main():
     parser.add_argument("--only", nargs="*", default=ALL, help="names of contenders")
     parser.add_argument("--out")
     options = parser.parse_args()
-    data, length = WORKLOADS[options.workload]()
     with tempfile.TemporaryDirectory() as folder:
+        data, given = WORKLOADS[options.workload](folder)
         file = Path(folder) / "data.jsonl"
         file.write_text("".join(json.dumps(row) + "\n" for row in data))
-        flags = [
-            "--dataset_name", str(file), "--effective_batch_size", str(EFFECTIVE),
-            "--max_length", str(length), "--max_steps", str(options.steps * (options.rounds + 1)),
-        ]  # fmt: skip
+        settings = {
+            "dataset_name": file, "effective_batch_size": 32,
+            "max_steps": options.steps * (options.rounds + 1), **given,
+        }  # fmt: skip
+        flags = [f"--{name}={value}" for name, value in settings.items()]
         outcomes = race(
             [Contender(name, command(name, flags)) for name in options.only],
             rounds=options.rounds,
@@ -108,7 +143,7 @@ def main():
     print(*_table(found, base), sep="\n", file=sys.stderr)
     figures = {
         "workload": options.workload,
-        "effective_batch_size": EFFECTIVE,
+        "effective_batch_size": settings["effective_batch_size"],
         "rounds": options.rounds,
         "contenders": [row.to_json() for row in found],
     }

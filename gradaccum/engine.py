@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from gradaccum import device as device_memory
 from gradaccum.batch import Collate, HostBatch, as_batch
+from gradaccum.compiled import in_any_shape, is_compiled, num_graphs
 from gradaccum.errors import (
     LESS_MEMORY,
     BadInput,
@@ -388,7 +389,7 @@ class Accumulator:
             warn_of_same([said.get("examples", "") for said in heard])
         _refuse_coupled(self.model, sum(share.num_micros for share in given))
         device = parameters[0].device
-        stop = device_memory.stopwatch(device)
+        stop, graphs = device_memory.stopwatch(device), num_graphs()
         names = tuple(window.totals or ("loss",))
         attention = nullcontext()
         if _is_ragged(window.micros):
@@ -430,6 +431,7 @@ class Accumulator:
             unit=window.unit,
             peak_bytes=device_memory.peak_bytes(device),
             total_bytes=device_memory.total_bytes(device),
+            num_graphs=num_graphs() - graphs,
             names=names,
             loss_tensor=total,
             recoveries=(),
@@ -468,11 +470,14 @@ class Accumulator:
         reported: list[Tensor] = []
         filler = ranks.borrow(self._filler(window))
         running = self.layout.running if self.layout is not None else lambda *_: nullcontext()
+        is_shaped = is_compiled(model)
         for i, (micro, inputs) in enumerate(zip(window.micros, window.inputs, strict=True)):
             self._running = micro
             # A micro-batch without weight adds zero; running it could add 0 * inf instead.
             if window.weights is None or any(window.weights[i].values()):
                 moved = to_device(inputs, device)
+                if is_shaped:
+                    in_any_shape(moved)
                 with ranks.micro(), running(inputs, moved):
                     loss = window.losses[i](model, moved)
                     if window.weights is None or window.totals is None:

@@ -6,7 +6,8 @@ foreign loss is reduced is measured in `contract.py`, not guessed here.
 
 import math
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
+from gradaccum.compiled import uncompiled
 from gradaccum.errors import BadInput, CountMismatch
 from gradaccum.types import IGNORE_INDEX
 
@@ -238,18 +240,14 @@ def _let_through(model: nn.Module, head: nn.Module, given: dict[str, Any]) -> Te
     the model then returns as logits has to be just that. It is compared once: that may wait for
     the device.
     """
+    if model in _PLAIN:
+        with _having(head, _through):
+            return _logits(model(**given))
     passed: list[Tensor] = []
-    own = vars(head).get("forward")  # of those who wrap modules: offloading, kernels
-    head.forward = lambda hidden: passed.append(hidden) or hidden
-    try:
+    with uncompiled(model), _having(head, lambda hidden: passed.append(hidden) or hidden):
         logits = _logits(model(**given))
-    finally:
-        del head.forward
-        if own is not None:
-            head.forward = own
     is_same = len(passed) == 1 and (
         logits is passed[0]
-        or model in _PLAIN
         or (logits.shape == passed[0].shape and torch.equal(logits.to(passed[0]), passed[0]))
     )
     if not is_same:
@@ -259,6 +257,24 @@ def _let_through(model: nn.Module, head: nn.Module, given: dict[str, Any]) -> Te
             hint="causal_lm() without chunk",
         )
     return passed[0]
+
+
+def _through(hidden: Tensor) -> Tensor:
+    """Be the forward of a head: always this very function, by which a compiled model is known."""
+    return hidden
+
+
+@contextmanager
+def _having(head: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Let a head run another forward inside."""
+    own = vars(head).get("forward")  # of those who wrap modules: offloading, kernels
+    head.forward = forward
+    try:
+        yield
+    finally:
+        del head.forward
+        if own is not None:
+            head.forward = own
 
 
 def unweighted(objective: Objective) -> Objective:

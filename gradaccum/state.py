@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
+from gradaccum.compiled import uncompiled
 from gradaccum.errors import BadInput
+from gradaccum.trees import modules_of
 
 
 class Random:
@@ -62,7 +64,7 @@ class Past:
 
     def __init__(self, model: nn.Module, *, largest: int | None = None) -> None:
         self.random = Random()
-        self._modules = [(m, vars(m).copy(), m._buffers.copy()) for m in _modules_of(model)]
+        self._modules = [(m, vars(m).copy(), m._buffers.copy()) for m in modules_of(model)]
         self._values: list[tuple[Tensor, Tensor]] = []
         self._others: list[tuple[str, Tensor, int]] = []
         for module, _, buffers in self._modules:
@@ -111,18 +113,6 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         past.restore()
 
 
-def _modules_of(model: nn.Module) -> list[nn.Module]:
-    """Return what `model.modules()` yields, in half its time: this runs before every step."""
-    found: dict[int, nn.Module] = {}
-    left: list[nn.Module | None] = [model]
-    while left:
-        module = left.pop()
-        if module is not None and id(module) not in found:
-            found[id(module)] = module
-            left += module._modules.values()
-    return list(found.values())
-
-
 def _is_written(buffer: Tensor) -> bool:
     """Tell whether a forward can write into a buffer: not if it is expanded or holds nothing."""
     return not buffer.is_meta and buffer.layout is torch.strided and 0 not in buffer.stride()
@@ -145,7 +135,7 @@ CHANCES = re.compile("drop|jitter|mask_(time|feature)_prob")
 
 @contextmanager
 def without_dropout(model: nn.Module) -> Iterator[None]:
-    """Let nothing in a forward be left to chance, in the mode in which the model is.
+    """Let nothing in a forward be left to chance, in the mode in which the model is; uncompiled.
 
     Dropout layers get p = 0, and so does what modules or their configs call a dropout. In eval mode
     other terms of a loss may be there, and other statistics.
@@ -166,7 +156,8 @@ def without_dropout(model: nn.Module) -> Iterator[None]:
     try:
         for holder, name, _ in before:
             vars(holder)[name] = 0.0
-        yield
+        with uncompiled(model):
+            yield
     finally:
         for holder, name, value in before:
             vars(holder)[name] = value

@@ -150,6 +150,8 @@ class Step:
         unit: What the weight counts.
         peak_bytes: Peak memory of the process on the model's device so far.
         total_bytes: Memory of that device.
+        num_graphs: What `torch.compile` has compiled in this step: forwards with their backwards,
+            and one more for each break in them. Nothing after the first steps, if all is well.
         names: The terms of the loss.
         loss_tensor: The loss, shape (), on the device; handing it on does not wait.
         recoveries: How often, and how, it ran out of memory before it fitted.
@@ -164,6 +166,7 @@ class Step:
     unit: str
     peak_bytes: int
     total_bytes: int
+    num_graphs: int
     names: tuple[str, ...]
     loss_tensor: Any = field(repr=False)
     recoveries: tuple[Recovery, ...]
@@ -242,6 +245,7 @@ class Step:
         parts = [f"loss {self.loss:.4f}", f"{total:,.0f} {self.unit} in {micros}"]
         if not total:
             parts.append(f"no {self.unit}: the gradients are zero")
+        parts += [f"compiled {counted(self.num_graphs, 'graph')}"] if self.num_graphs else []
         parts += [f"out of memory, now {recovery.limit}" for recovery in self.recoveries[-1:]]
         parts += [f"not finite: examples {list(micro.examples)}" for micro in self.nonfinite]
         if self.total_bytes:

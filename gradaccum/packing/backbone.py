@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from gradaccum.compiled import is_compiled
 from gradaccum.packing.attention import Unpackable, attend
 from gradaccum.packing.plan import SHARED, Plan, plan
 
@@ -161,9 +162,8 @@ def _is_plain(given: dict[str, Any]) -> bool:
 
 def _body(model: nn.Module) -> PreTrainedModel:
     """Return the body of the first transformers model in there: what comes before its head."""
-    for module in model.modules():
-        if hasattr(module, "_orig_mod") or module._compiled_call_impl is not None:
-            raise Unpackable("a compiled model")
+    if is_compiled(model):
+        raise Unpackable("a compiled model")
     found = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
     body = getattr(found, "base_model", None)
     if not isinstance(body, PreTrainedModel):
