@@ -1,14 +1,14 @@
 """Show how cost grows: a step with the effective batch, a sequence with its length, a split.
 
 A step: functions of the standard library, a small model of their vocabulary, effective batches from
-32 to 8,192, the same examples over and over; milliseconds a thousand trained tokens and the peak of
+32 to 8,192, the same 2,048 examples over and over (each time without one more of their first
+tokens, so that they do not begin alike); milliseconds a thousand trained tokens and the peak of
 tensors beyond the model. Rounds are interleaved; smaller batches take several steps in their turn.
 
-    python benchmarks/scale.py --rounds 5 --out benchmarks/results/scale.json
+    python benchmarks/scale.py --rounds 5 --out benchmarks/results/scale.json --plot docs/scale.png
 """
 
 import argparse
-import itertools
 import random
 import statistics
 import time
@@ -44,15 +44,16 @@ def tokenized(num):
     for pair in pairs:
         prompt, own = (tokenizer(pair[k])["input_ids"] for k in ("prompt", "completion"))
         labels = [-100] * len(prompt) + own
-        rows.append({"input_ids": (prompt + own)[:512], "labels": labels[:512]})
-    return [row for row in rows if any(t != -100 for t in row["labels"][1:])], len(tokenizer)
+        rows.append({"input_ids": (prompt + own)[:256], "labels": labels[:256]})
+    trained = [row for row in rows if sum(label != -100 for label in row["labels"]) > 8]
+    return trained[:2048], len(tokenizer)
 
 
 def stepping(model, rows, rounds):
     """Return the cost of a trained token at each size, and the peak of tensors."""
     accumulator = gradaccum.Accumulator(model, gradaccum.causal_lm(), budget=BUDGET)
-    endless = itertools.cycle(rows)
-    most = list(itertools.islice(endless, SIZES[-1]))
+    copies = range(SIZES[-1] // len(rows))
+    most = [{name: row[name][copy:] for name in row} for copy in copies for row in rows]
     found = {size: [] for size in SIZES}
     accumulator.backward(most[:32]), model.zero_grad()
     for round_ in range(rounds):
@@ -65,7 +66,7 @@ def stepping(model, rows, rounds):
             found[size].append(1e6 * (time.perf_counter() - begin) / weight)
             print(round_, size, round(found[size][-1], 1), flush=True)
     peaks = {}
-    for size in (32, 512):
+    for size in SIZES:
         tracker = Tracker()
         tracker.follow(model, None, ())
         try:
@@ -81,7 +82,7 @@ def stepping(model, rows, rounds):
             "ms_per_1000_trained_tokens": round(statistics.median(times), 2),
             "spread": [round(min(times), 2), round(max(times), 2)],
             "times_that_of_32": round(statistics.median(times) / base, 3),
-            "peak_tensor_mib": round(peaks[size] / 2**20, 1) if size in peaks else None,
+            "peak_tensor_mib": round(peaks[size] / 2**20, 1),
         }
         for size, times in found.items()
     }
@@ -114,6 +115,26 @@ def lengthening(model, rounds):
     }
 
 
+def epoch():
+    """Return the seconds that it takes to draw, share out and cut all of a million examples."""
+    draw = random.Random(0)
+    lengths = [min(8192, int(draw.lognormvariate(5, 1)) + 1) for _ in range(1_000_000)]
+    begin = time.perf_counter()
+    sampler = gradaccum.EffectiveBatchSampler(len(lengths), 1024, costs=lengths, rank=0, world=8)
+    shares = list(sampler)
+    drawn = time.perf_counter() - begin
+    objective = gradaccum.Objective(lambda *_: None, None, size=lengths.__getitem__)
+    begin = time.perf_counter()
+    budget = gradaccum.Budget(tokens=16_384)
+    micros = sum(len(split(share, objective, budget)) for share in shares)
+    return {
+        "steps": len(shares),
+        "seconds_to_draw_and_share_out_over_8_ranks": round(drawn, 2),
+        "seconds_to_cut_the_shares_of_a_rank": round(time.perf_counter() - begin, 2),
+        "micro_batches_of_a_rank": micros,
+    }
+
+
 def splitting():
     draw = random.Random(0)
     lengths = [min(8192, int(draw.lognormvariate(5, 1)) + 1) for _ in range(100_000)]
@@ -131,19 +152,50 @@ def splitting():
     return found
 
 
+def draw(figures, path):
+    """Draw the three curves, and what they would be by their tokens alone."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 3.4), layout="constrained")
+    time_, memory, length = figure.subplots(1, 3)
+    steps = figures["effective batch"]
+    sizes, costs = list(steps), [row["ms_per_1000_trained_tokens"] for row in steps.values()]
+    reach = [[cost - row["spread"][0], row["spread"][1] - cost]
+             for cost, row in zip(costs, steps.values(), strict=True)]  # fmt: skip
+    time_.errorbar(sizes, costs, yerr=list(zip(*reach, strict=True)), marker="o", capsize=3)
+    time_.set(title="time of a trained token", ylabel="ms for 1,000", ylim=(0, None))
+    peaks = {size: row["peak_tensor_mib"] for size, row in steps.items()}
+    memory.plot(list(peaks), list(peaks.values()), marker="o")
+    memory.set(title="memory beyond the model", ylabel="MiB of tensors", ylim=(0, None))
+    for axes in (time_, memory):
+        axes.set_xscale("log", base=2)
+        axes.set(xlabel="effective batch, examples", xticks=sizes, xticklabels=sizes)
+    found = figures["one sequence of so many tokens"]
+    length.plot(list(found), [row["seconds"] for row in found.values()], "o", label="measured")
+    length.plot(list(found), [row["fitted"] for row in found.values()], label="a + bT + cT²")
+    length.set(title="one long sequence", xlabel="tokens", ylabel="seconds", xscale="log")
+    length.set(yscale="log")
+    length.legend()
+    figure.savefig(path, dpi=110)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out")
+    parser.add_argument("--plot", help="draw the curves into this file")
     options = parser.parse_args()
     rows, vocabulary = tokenized(2500)
     model = small(vocabulary)
     figures = {
         "split of 100,000 examples, 16,384 tokens": splitting(),
+        "an epoch of 1,000,000 examples, 1,024 a step": epoch(),
         "one sequence of so many tokens": lengthening(model, options.rounds),
         "effective batch": stepping(model, rows, options.rounds),
     }
     publish(figures, options.out, transformers)
+    if options.plot:
+        draw(figures, options.plot)
 
 
 if __name__ == "__main__":
