@@ -120,7 +120,8 @@ class Watch(TrainerCallback):
         self.first = self.first or self.delivered
         useful = sum(e["input_ids"].numel() for e in self.delivered if "input_ids" in e)
         num, padded, self.delivered, self.padded = len(self.delivered), self.padded, [], 0
-        self.stage.done(trained=num, useful=useful, padded=padded)
+        # Tokens where there are any: batches grouped by length have more in one step than another.
+        self.stage.done(trained=useful or num, useful=useful, padded=padded)
 
     def error(self, folder):
         wide = self.start.double().train()

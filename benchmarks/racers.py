@@ -2,13 +2,17 @@
 
     python benchmarks/racers.py "accelerate 2x16" [flags of gradaccum train]
 
-Both write the loop as their documentation does, on the batches of the other contenders: the model's
-own mean loss of each micro-batch, and a mean over the micro-batches.
+accelerate, lightning: the loop of their documentation, on the batches of the other contenders: the
+model's own mean loss of each micro-batch, and a mean over the micro-batches. unsloth: its trainer
+for its own copy of the model, in an environment that has it (`speed.py --unsloth PYTHON`).
 """
 
 import sys
 import tempfile
 from pathlib import Path
+
+if sys.argv[1].startswith("unsloth"):
+    from unsloth import FastLanguageModel  # before all that it changes
 
 import torch
 from transformers import set_seed
@@ -81,6 +85,21 @@ def of_lightning(trainer, watch, rows, steps):
     ).fit(Module(), torch.utils.data.DataLoader(Micros(), batch_size=None))  # fmt: skip
 
 
+def of_unsloth(arguments, stage, folder, rows, steps):
+    own = train._model
+
+    def model(*given):
+        plain, tokenizer = own(*given)
+        plain.save_pretrained(folder / "model"), tokenizer.save_pretrained(folder / "model")
+        return FastLanguageModel.from_pretrained(
+            str(folder / "model"), max_seq_length=arguments.training.max_length,
+            load_in_4bit=False, full_finetuning=True, dtype=torch.float32,
+        )  # fmt: skip
+
+    train._model = model
+    contenders._run(Spec("stock", rows, steps), arguments, stage, folder)
+
+
 def main(words):
     stage = Stage()
     train._quiet()
@@ -88,6 +107,8 @@ def main(words):
     rows, steps = map(int, shape.split("x"))
     with tempfile.TemporaryDirectory() as folder:
         arguments = parse(words[1:])
+        if name == "unsloth":
+            of_unsloth(arguments, stage, Path(folder), rows, steps)
         trainer = contenders._built(Spec("loop"), arguments, Path(folder))
         watch = Watch(trainer, stage)
         set_seed(arguments.training.seed)

@@ -100,10 +100,11 @@ WORKLOADS = {
 }  # fmt: skip
 
 
-def command(name, flags):
+def command(name, flags, unsloth):
     """Return what runs a contender; "ours 512" has a budget of 512 tokens, "ours" finds one."""
-    if name in OTHERS:
-        return [sys.executable, str(HERE / "racers.py"), name, *flags]
+    if name in OTHERS or name.startswith("unsloth"):
+        python = unsloth if name.startswith("unsloth") else sys.executable
+        return [python, str(HERE / "racers.py"), name, *flags]
     kind, _, budget = name.partition(" ") if name.startswith("ours") else (name, "", "")
     own = ["--budget", f"{budget} tokens"] if budget else []
     return [sys.executable, "-m", "gradaccum.cli.contenders", kind, *flags, *own]
@@ -115,6 +116,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--only", nargs="*", default=ALL, help="names of contenders")
+    parser.add_argument("--unsloth", help="python of an environment that has it")
     parser.add_argument("--out")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -127,7 +129,7 @@ def main():
         }  # fmt: skip
         flags = [f"--{name}={value}" for name, value in settings.items()]
         outcomes = race(
-            [Contender(name, command(name, flags)) for name in options.only],
+            [Contender(name, command(name, flags, options.unsloth)) for name in options.only],
             rounds=options.rounds,
             steps=options.steps,
             question={"name": "gradient error", "folder": folder},

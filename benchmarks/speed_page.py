@@ -1,0 +1,113 @@
+"""Write docs/speed.md and its picture from the results of `speed.py` and `classify.py`.
+
+python benchmarks/speed_page.py
+"""
+
+import json
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+WORKLOADS = {
+    "ragged": "Ragged: functions of the standard library, up to 1,024 tokens, a Llama of 8 million "
+    "parameters",
+    "loops": "The same, by the loops of other libraries",
+    "long": "Long-tailed: lognormal lengths, up to 8,192 tokens",
+    "chat": "Chat: one system prompt of about 300 tokens",
+    "uniform": "Uniform: 256 tokens each",
+    "qlora": "Adapters on a Llama of 30 million parameters in 4 bits, up to 512 tokens",
+    "100m": "A Llama of 98 million parameters, 16 examples a step, up to 512 tokens",
+    "unsloth": "Beside Unsloth",
+    "encoder": "Classification: BERT of 6 layers, beginnings of functions (tokens/s: all of them)",
+    "vision": "Images: ViT of 6 layers (images a second)",
+}
+HEAD = """# Speed, measured
+
+Written by `python benchmarks/speed_page.py` from the results in
+[benchmarks/results](../benchmarks/results). Contenders run in processes of their own, in turns;
+medians over the rounds, with the least and the greatest, and the ratio to the first within each
+round. The error is that of the first step's gradient against float64, one example at a time. Two
+cores of a shared machine: compare within a table.
+
+![Trained tokens a second, times the stock trainer](speed.png)
+
+"stock 2x16" is TRL's SFTTrainer (or, for the classifiers, transformers' Trainer) with 2 rows and
+16 accumulation steps; "loop" is a hand-written loop, one example at a time, without padding or
+metrics; "loop 2x16" with as many rows. How packing and sharing work, and where they are off: [the
+guide](guides/speed.md).
+"""
+
+
+def main():
+    found = {
+        name: json.loads(path.read_text())
+        for name in WORKLOADS
+        if (path := RESULTS / f"speed_{name}.json").exists()
+    }
+    parts = [HEAD]
+    for name, figures in found.items():
+        versions = ", ".join(f"{k} {v}" for k, v in figures["versions"].items())
+        parts.append(
+            f"\n## {WORKLOADS[name]}\n\n`{figures['command']}`, {figures['rounds']} rounds, "
+            f"{versions}, {figures['device']}\n"
+        )
+        parts.append(
+            "\n| contender | s a step | tokens/s | padding | memory, MiB | speed | gradient error |"
+            "\n|---|---|---|---|---|---|---|"
+        )
+        parts += map(_row, figures["contenders"])
+    (ROOT / "docs" / "speed.md").write_text("\n".join(parts).replace("\n\n\n", "\n\n") + "\n")
+    _draw(found, ROOT / "docs" / "speed.png")
+
+
+def _row(row):
+    if row["failure"] or not row["speed"]:
+        return f"| {row['name']} | failed: {(row['failure'] or '').splitlines()[-1][:80]} |"
+    seconds, speed, error = row["seconds"], row["speed"], (row["answer"] or {}).get("error")
+    padding = "-" if row["padding"] is None else f"{row['padding']:.1%}"
+    memory = "-" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:,.0f}"
+    return (
+        f"| {row['name']} | {seconds['median']:.2f} ({seconds['least']:.2f} to "
+        f"{seconds['most']:.2f}) | {row['rate']['median']:,.0f} | {padding} | {memory} | "
+        f"{speed['median']:.2f} | {'-' if error is None else f'{error:.1e}'} |"
+    )
+
+
+def _draw(found, path):
+    """Draw, for each workload, the stock trainer at its best, the loop at its best, and ours."""
+    shown = {name: f for name, f in found.items() if name not in ("loops", "unsloth")}
+    kinds = {"best stock setting": "stock", "best loop": "loop", "ours": "ours"}
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    axes = figure.subplots()
+    for at, (label, kind) in enumerate(kinds.items()):
+        best = [
+            max(
+                (row["speed"] for row in figures["contenders"]
+                 if row["name"].split()[0] == kind and row["speed"]),
+                key=lambda speed: speed["median"],
+            )
+            for figures in shown.values()
+        ]  # fmt: skip
+        medians = [speed["median"] for speed in best]
+        axes.bar(
+            [i + 0.27 * (at - 1) for i in range(len(shown))],
+            medians,
+            width=0.25,
+            label=label,
+            yerr=[
+                [m - speed["least"] for m, speed in zip(medians, best, strict=True)],
+                [speed["most"] - m for m, speed in zip(medians, best, strict=True)],
+            ],
+            ecolor="0.4",
+        )
+    axes.axhline(1, color="0.3", linestyle="--")
+    axes.set_xticks(range(len(shown)), shown)
+    axes.set(ylabel="tokens a second, times stock 2 rows a step")
+    axes.legend()
+    figure.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    main()
