@@ -9,7 +9,7 @@ Workloads, of functions of the standard library, 32 a step, for the embedded mod
     uniform      256 tokens each: nobody has padding, nobody should win
     chat         one system prompt of about 300 tokens before each prompt
     100m         ragged, 16 a step, up to 512 tokens, a Llama of 98 million parameters
-    qlora        ragged, up to 512 tokens, adapters on a Llama of 30 million parameters in 4 bits
+    qlora        ragged, 16 a step, up to 256 tokens, adapters on the embedded model in 4 bits
 """
 
 import argparse
@@ -75,10 +75,10 @@ def of_100m(folder):
 
 def qlora(folder):
     pairs = embedded.functions(2000)
-    path = saved(folder, pairs, hidden_size=512, num_hidden_layers=8, num_attention_heads=8)
+    path = saved(folder, pairs, hidden_size=256, num_hidden_layers=4, num_attention_heads=4)
     return pairs, {
-        "model_name_or_path": path, "max_length": 512, "load_in_4bit": True, "use_peft": True,
-        "lora_target_modules": "all-linear",
+        "model_name_or_path": path, "max_length": 256, "load_in_4bit": True, "use_peft": True,
+        "lora_target_modules": "all-linear", "effective_batch_size": 16,
     }  # fmt: skip
 
 

@@ -17,7 +17,7 @@ WORKLOADS = {
     "long": "Long-tailed: lognormal lengths, up to 8,192 tokens",
     "chat": "Chat: one system prompt of about 300 tokens",
     "uniform": "Uniform: 256 tokens each",
-    "qlora": "Adapters on a Llama of 30 million parameters in 4 bits, up to 512 tokens",
+    "qlora": "Adapters on the same model in 4 bits, 16 examples a step, up to 256 tokens",
     "100m": "A Llama of 98 million parameters, 16 examples a step, up to 512 tokens",
     "unsloth": "Beside Unsloth",
     "encoder": "Classification: BERT of 6 layers, beginnings of functions (tokens/s: all of them)",

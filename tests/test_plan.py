@@ -12,6 +12,7 @@ from gradaccum.batch import as_batch
 from gradaccum.cli.main import main
 from gradaccum.errors import BadInput, DoesNotFit
 from gradaccum.memory import auto, choose, forecast
+from gradaccum.memory import probe as probes
 from gradaccum.memory.cap import cap_of, held_bytes
 from gradaccum.memory.predict import Job, trace
 from gradaccum.memory.probe import Probed, _fitted, probe
@@ -645,3 +646,28 @@ def test_the_state_of_an_optimizer_is_made_and_counted(tmp_path, monkeypatch):
     monkeypatch.setattr(auto, "cap_of", noting)
     found_in(tmp_path, monkeypatch, model=model, optimizer=optimizer, memory="1GiB")
     assert caps[-1] > 2.5 * held
+
+
+@pytest.mark.parametrize(("fastest", "expected"), [(16, 16), (64, 64), (128, 128), (1024, 128)])
+def test_larger_micro_batches_than_were_measured_have_to_show_that_they_are_faster(
+    monkeypatch, fastest, expected
+):
+    """A line through short ones says that more is always better; caches end."""
+    engine = gradaccum.engine.Accumulator(
+        models.model(), gradaccum.causal_lm(), budget=Budget(tokens=8)
+    )
+    host = as_batch(models.examples([8] * 16), None)
+    ran = []
+
+    def attempt(self, window):
+        tokens = window.micros[0].size
+        ran.append(tokens)
+        per_token = 1 / min(tokens, fastest) + max(0, tokens - fastest)
+        return SimpleNamespace(seconds=tokens * per_token)
+
+    monkeypatch.setattr(gradaccum.engine.Accumulator, "attempt", attempt)
+    monkeypatch.setitem(probes.TOKENS, "cpu", 16)
+    found, num = probes.knee(engine, host, gradaccum.measured.quiet, 128)
+    assert found == max(expected, 32) and num == len(ran) > 0
+    assert probes.knee(engine, host, gradaccum.measured.quiet, 32) == (32, 0)
+    assert engine.budget == Budget(tokens=8) and engine.objective.weight is not None

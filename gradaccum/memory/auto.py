@@ -5,7 +5,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
 import torch
@@ -22,7 +22,7 @@ from gradaccum.memory.cap import Cap, cap_of, held_bytes
 from gradaccum.memory.choose import Choice
 from gradaccum.memory.layout import find_layout
 from gradaccum.memory.predict import switch
-from gradaccum.memory.probe import EXTRAPOLATED, Probed, probe, shapes
+from gradaccum.memory.probe import EXTRAPOLATED, Probed, knee, probe, shapes
 from gradaccum.memory.remembered import keep, key_of, recall
 from gradaccum.objective import Objective
 from gradaccum.optimizers import materialize, state_bytes
@@ -228,6 +228,10 @@ def find(
     drawn = choose.windows(list(sizes), effective_batch)
     budgets = choose.budgets(list(sizes), effective_batch)
 
+    def of(budget: Budget) -> int:
+        """Return the tokens of a budget."""
+        return budget.tokens or (budget.examples or effective_batch) * max(sizes)
+
     def weighed() -> tuple[list[Choice], int]:
         """Return what each budget means, and how many probes it took to tell."""
         probes = shapes(list(map(accumulator.objective.size, host)), device, packed=packed)
@@ -235,10 +239,16 @@ def find(
         probed, num = recall(key), 0
         if probed is None:
             probed, num = probe(accumulator, host, aside)
-            if num == len(probes) > 1:
-                keep(key, probed)
+        is_new = num == len(probes) > 1
         careful = _Careful(probed, held)
-        return [choose.weigh(budget, drawn, careful, packed=packed) for budget in budgets], num
+        choices = [choose.weigh(budget, drawn, careful, packed=packed) for budget in budgets]
+        best = choose.best(choices, cap.num_bytes)
+        if best is not None and probed.knee == sys.maxsize:
+            tokens, more = knee(accumulator, host, aside, of(best.budget))
+            probed, num = replace(probed, knee=tokens if more else probed.knee), num + more
+        if is_new:
+            keep(key, probed)
+        return [c for c in choices if of(c.budget) <= probed.knee] or choices[:1], num
 
     checkpointing = False if may_checkpoint else None
     switch(model, on=checkpointing)

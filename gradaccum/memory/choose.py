@@ -5,12 +5,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from gradaccum.memory.probe import shape_of
+from gradaccum.memory.probe import AS_FAST, shape_of
 from gradaccum.objective import Objective
 from gradaccum.split import split
 from gradaccum.types import Budget
 
-AS_FAST = 1.02  # times the best; beyond the knee, larger micro-batches buy nothing
 WINDOWS = 16  # effective batches that are looked at
 SIZES = Objective(lambda *_: None, None, size=lambda size: size)
 

@@ -5,7 +5,6 @@ gradients have to agree as well as two orders of the same rows do. Where packing
 save, it is then used, unless a micro-batch of each kind shows it to be slower here.
 """
 
-import copy
 import logging
 import sys
 from collections.abc import Callable, Sequence
@@ -20,8 +19,15 @@ from gradaccum import measures
 from gradaccum.batch import HostBatch, Listed
 from gradaccum.device import is_out_of_memory, suppressing_out_of_memory
 from gradaccum.engine import Accumulator
-from gradaccum.memory.probe import OTHER_TOKENS, TOKENS, clear, repeated, shape_of, timed
-from gradaccum.objective import unweighted
+from gradaccum.memory.probe import (
+    OTHER_TOKENS,
+    TOKENS,
+    alone,
+    clear,
+    repeated,
+    shape_of,
+    timed,
+)
 from gradaccum.packing.attention import Unpackable
 from gradaccum.packing.plan import Layout
 from gradaccum.split import split
@@ -50,9 +56,7 @@ def find_layout(
     packed = packed_of(accumulator.model)
     if packed is None or len(host) < 2:
         return None
-    engine = copy.copy(accumulator)
-    engine.objective, engine.limit = unweighted(accumulator.objective), None
-    engine._after_micro = None
+    engine = alone(accumulator)
     tokens = TOKENS.get(next(engine.model.parameters()).device.type, OTHER_TOKENS)
     budget = Budget(tokens=tokens)
     if isinstance(engine.budget, Budget):

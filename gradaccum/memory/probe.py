@@ -5,7 +5,8 @@ Three short micro-batches tell time and memory of any other:
     seconds = t0 + t1 * tokens + t2 * rows * length^2
     bytes   = m0 + m1 * tokens + m2 * rows * length^2, beyond what was there before
 
-Nothing of it belongs to the training: gradients are dropped, random state and buffers put back.
+That is a straight line, and caches end: what it says of much larger ones is tried (`knee`). Nothing
+of it belongs to the training: gradients are dropped, random state and buffers put back.
 """
 
 import copy
@@ -25,15 +26,17 @@ from gradaccum.device import release, suppressing_out_of_memory
 from gradaccum.engine import Accumulator, Window
 from gradaccum.memory.tracker import BUFFERS, PARAMETERS, Tracker
 from gradaccum.objective import unweighted
+from gradaccum.split import split
 from gradaccum.state import Random
 from gradaccum.sync.alone import Alone, Hearing
-from gradaccum.types import Micro, Share
+from gradaccum.types import Budget, Micro, Share
 
 # Tokens of the probe of several rows: enough to see what a token costs, few enough to be short.
 TOKENS = {"cpu": 512}
 OTHER_TOKENS = 4096
 EXTRAPOLATED = 1.1  # times what is read off beyond the probes; where it is too little, it recovers
 SHORT = 0.2  # seconds, below which a probe is run twice
+AS_FAST = 1.02  # times the best; beyond the knee, larger micro-batches buy nothing
 Shape = tuple[float, float]  # rows, and tokens of a row
 
 
@@ -45,11 +48,13 @@ class Probed:
         times: t0, t1, t2 in seconds.
         sizes: m0, m1, m2 in bytes; m0 holds gradients, no parameters.
         too_large: Padded tokens of the smallest that did not fit.
+        knee: Tokens of a micro-batch from which larger ones are no faster, whatever the line says.
     """
 
     times: tuple[float, float, float]
     sizes: tuple[float, float, float]
     too_large: int = sys.maxsize
+    knee: int = sys.maxsize
 
     def seconds(self, rows: float, length: float) -> float:
         return _at(self.times, (rows, length))
@@ -76,9 +81,7 @@ def probe(
     """
     sizes = [accumulator.objective.size(example) for example in host]
     device = next(accumulator.model.parameters()).device
-    engine = copy.copy(accumulator)
-    engine.objective, engine.limit = unweighted(accumulator.objective), None
-    engine._after_micro = None
+    engine = alone(accumulator)
     chosen = _chosen(sizes, TOKENS.get(device.type, OTHER_TOKENS))
     packed = engine.layout is not None
     given = {
@@ -86,6 +89,51 @@ def probe(
         for rows in chosen
     }
     return measure(engine, given, device, aside)
+
+
+def knee(
+    accumulator: Accumulator,
+    host: HostBatch,
+    aside: Callable[..., AbstractContextManager[None]],
+    most: int,
+) -> tuple[int, int]:
+    """Return up to how many tokens a micro-batch is faster for being large; and how many were run.
+
+    Args:
+        accumulator: Is left as it is.
+        host: An effective batch.
+        aside: As of `probe`.
+        most: Tokens that are said to be best.
+    """
+    engine, num = alone(accumulator), 0
+    packed = engine.layout is not None
+    few = TOKENS.get(next(engine.model.parameters()).device.type, OTHER_TOKENS)
+    while most > 2 * few:
+        windows, seconds = {}, {few: float("inf"), most: float("inf")}  # a token
+        with suppressing_out_of_memory(), aside(engine.model, dropout=True):
+            for tokens in seconds:
+                micros = split(host, engine.objective, Budget(tokens=tokens), packed=packed)
+                micro = micros[len(micros) // 2]
+                shape = len(micro.examples), micro.size / len(micro.examples)
+                windows[tokens] = repeated(engine, host.take(micro.examples), shape, 1), micro.size
+            for _ in range(2):  # the faster of two each, in turns
+                for tokens, (window, size) in windows.items():
+                    spent = engine.attempt(window).seconds / size
+                    seconds[tokens], num = min(seconds[tokens], spent), num + 1
+                    clear(engine.model)
+        clear(engine.model)
+        if seconds[most] * AS_FAST < seconds[few]:
+            return most, num
+        most //= 2
+    return 2 * few, num
+
+
+def alone(accumulator: Accumulator) -> Accumulator:
+    """Return an accumulator of the same model that counts nothing and tells nobody."""
+    engine = copy.copy(accumulator)
+    engine.objective, engine.limit = unweighted(accumulator.objective), None
+    engine._after_micro = None
+    return engine
 
 
 def measure(
