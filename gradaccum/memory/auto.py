@@ -72,9 +72,9 @@ class Accumulator(gradaccum.engine.Accumulator):
     """Leave in `.grad` what one pass over the whole effective batch would have left.
 
     How large a micro-batch may be is found at the first batch: the smallest that is as fast as any
-    that fits, by three short micro-batches of that batch. It is remembered on disk for this model
-    and device, so that another run cuts its batches alike. If memory runs out all the same, the
-    batch runs again in smaller ones.
+    that fits, by three short micro-batches of that batch; much larger ones have to show that they
+    are faster. It is remembered on disk for this model and device, so that another run cuts its
+    batches alike. If memory runs out all the same, the batch runs again in smaller ones.
 
     Args:
         model: Any module that holds all parameters to train.
