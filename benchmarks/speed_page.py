@@ -8,6 +8,8 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from gradaccum.cli.bench import _padding
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 WORKLOADS = {
@@ -66,11 +68,10 @@ def _row(row):
     if row["failure"] or not row["speed"]:
         return f"| {row['name']} | failed: {(row['failure'] or '').splitlines()[-1][:80]} |"
     seconds, speed, error = row["seconds"], row["speed"], (row["answer"] or {}).get("error")
-    padding = "-" if row["padding"] is None else f"{row['padding']:.1%}"
     memory = "-" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:,.0f}"
     return (
         f"| {row['name']} | {seconds['median']:.2f} ({seconds['least']:.2f} to "
-        f"{seconds['most']:.2f}) | {row['rate']['median']:,.0f} | {padding} | {memory} | "
+        f"{seconds['most']:.2f}) | {row['rate']['median']:,.0f} | {_padding(row['padding'])} | {memory} | "
         f"{speed['median']:.2f} | {'-' if error is None else f'{error:.1e}'} |"
     )
 

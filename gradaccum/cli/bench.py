@@ -170,7 +170,7 @@ def _table(found: list[Row], base: str) -> list[str]:
             _number(row.seconds, "{:.3g}"),
             f"{row.seconds.least:.3g}..{row.seconds.most:.3g}" if row.seconds else "-",
             _number(row.rate, "{:,.0f}"),
-            "-" if row.padding is None else f"{row.padding:.1%}",
+            _padding(row.padding),
             "-" if row.peak_bytes is None else amount(row.peak_bytes),
             _number(row.speed, "{:.2f}"),
             "failed" if row.failure else _error(row),
@@ -185,6 +185,18 @@ def _table(found: list[Row], base: str) -> list[str]:
         )
         for cells in (heads, *lines)
     ]
+
+
+def _padding(share: float | None) -> str:
+    """Tell the padding; below zero, fewer tokens ran than there are, as some were shared.
+
+    Example:
+        >>> _padding(0.25), _padding(-1.0)
+        ('25.0%', '50.0% shared')
+    """
+    if share is None:
+        return "-"
+    return f"{share:.1%}" if share >= 0 else f"{1 - 1 / (1 - share):.1%} shared"
 
 
 def _number(value: Spread | None, form: str) -> str:
