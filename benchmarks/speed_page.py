@@ -59,7 +59,9 @@ def main():
             "\n| contender | s a step | tokens/s | padding | memory, MiB | speed | gradient error |"
             "\n|---|---|---|---|---|---|---|"
         )
-        parts += map(_row, figures["contenders"])
+        # There it was counted what Lightning had read ahead for the next step.
+        wrong = ("lightning 2x16",) if name == "ragged" else ()
+        parts += [_row(row) for row in figures["contenders"] if row["name"] not in wrong]
     (ROOT / "docs" / "speed.md").write_text("\n".join(parts).replace("\n\n\n", "\n\n") + "\n")
     _draw(found, ROOT / "docs" / "speed.png")
 
@@ -69,9 +71,10 @@ def _row(row):
         return f"| {row['name']} | failed: {(row['failure'] or '').splitlines()[-1][:80]} |"
     seconds, speed, error = row["seconds"], row["speed"], (row["answer"] or {}).get("error")
     memory = "-" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:,.0f}"
+    padding = _padding(row["padding"])
     return (
         f"| {row['name']} | {seconds['median']:.2f} ({seconds['least']:.2f} to "
-        f"{seconds['most']:.2f}) | {row['rate']['median']:,.0f} | {_padding(row['padding'])} | {memory} | "
+        f"{seconds['most']:.2f}) | {row['rate']['median']:,.0f} | {padding} | {memory} | "
         f"{speed['median']:.2f} | {'-' if error is None else f'{error:.1e}'} |"
     )
 
