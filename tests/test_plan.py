@@ -1,6 +1,7 @@
 """Planned, measured, chosen: what fits, what is fastest, and what is said where nothing does."""
 
 import json
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -648,11 +649,15 @@ def test_the_state_of_an_optimizer_is_made_and_counted(tmp_path, monkeypatch):
     assert caps[-1] > 2.5 * held
 
 
-@pytest.mark.parametrize(("fastest", "expected"), [(16, 16), (64, 64), (128, 128), (1024, 128)])
-def test_larger_micro_batches_than_were_measured_have_to_show_that_they_are_faster(
-    monkeypatch, fastest, expected
-):
-    """A line through short ones says that more is always better; caches end."""
+@pytest.mark.parametrize(
+    ("fastest", "said", "expected"),
+    [
+        (16, 128, (0, 32)), (64, 128, (0, 64)), (128, 128, (0, 128)), (1024, 128, (0, 128)),
+        (16, 8, (16, sys.maxsize)), (8, 8, (0, sys.maxsize)), (16, 32, (0, sys.maxsize)), (16, 12, (0, sys.maxsize)),
+    ],
+)  # fmt: skip
+def test_what_a_line_says_is_tried(monkeypatch, fastest, said, expected):
+    """A line through short micro-batches says that more is always better; caches end."""
     engine = gradaccum.engine.Accumulator(
         models.model(), gradaccum.causal_lm(), budget=Budget(tokens=8)
     )
@@ -667,7 +672,6 @@ def test_larger_micro_batches_than_were_measured_have_to_show_that_they_are_fast
 
     monkeypatch.setattr(gradaccum.engine.Accumulator, "attempt", attempt)
     monkeypatch.setitem(probes.TOKENS, "cpu", 16)
-    found, num = probes.knee(engine, host, gradaccum.measured.quiet, 128)
-    assert found == max(expected, 32) and num == len(ran) > 0
-    assert probes.knee(engine, host, gradaccum.measured.quiet, 32) == (32, 0)
+    *found, num = probes.within(engine, host, gradaccum.measured.quiet, said)
+    assert tuple(found) == expected and num == len(ran)
     assert engine.budget == Budget(tokens=8) and engine.objective.weight is not None

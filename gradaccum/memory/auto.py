@@ -22,7 +22,7 @@ from gradaccum.memory.cap import Cap, cap_of, held_bytes
 from gradaccum.memory.choose import Choice
 from gradaccum.memory.layout import find_layout
 from gradaccum.memory.predict import switch
-from gradaccum.memory.probe import EXTRAPOLATED, Probed, knee, probe, shapes
+from gradaccum.memory.probe import EXTRAPOLATED, Probed, probe, shapes, within
 from gradaccum.memory.remembered import keep, key_of, recall
 from gradaccum.objective import Objective
 from gradaccum.optimizers import materialize, state_bytes
@@ -243,12 +243,15 @@ def find(
         careful = _Careful(probed, held)
         choices = [choose.weigh(budget, drawn, careful, packed=packed) for budget in budgets]
         best = choose.best(choices, cap.num_bytes)
-        if best is not None and probed.knee == sys.maxsize:
-            tokens, more = knee(accumulator, host, aside, of(best.budget))
-            probed, num = replace(probed, knee=tokens if more else probed.knee), num + more
-        if is_new:
+        if best is not None and probed.within is None:
+            least, most, more = within(accumulator, host, aside, of(best.budget))
+            probed, num = replace(probed, within=(least, most)), num + more
+        if is_new and probed.within is not None:
             keep(key, probed)
-        return [c for c in choices if of(c.budget) <= probed.knee] or choices[:1], num
+        least, most = probed.within or (0, sys.maxsize)
+        fast = [c for c in choices if least <= of(c.budget) <= most]
+        # None of them may be, or may fit, where rows are long or memory is short.
+        return fast if choose.best(fast, cap.num_bytes) else choices, num
 
     checkpointing = False if may_checkpoint else None
     switch(model, on=checkpointing)

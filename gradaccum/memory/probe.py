@@ -5,8 +5,8 @@ Three short micro-batches tell time and memory of any other:
     seconds = t0 + t1 * tokens + t2 * rows * length^2
     bytes   = m0 + m1 * tokens + m2 * rows * length^2, beyond what was there before
 
-That is a straight line, and caches end: what it says of much larger ones is tried (`knee`). Nothing
-of it belongs to the training: gradients are dropped, random state and buffers put back.
+That is a straight line, and caches end: what it says is tried (`within`). Nothing of
+it belongs to the training: gradients are dropped, random state and buffers put back.
 """
 
 import copy
@@ -48,13 +48,14 @@ class Probed:
         times: t0, t1, t2 in seconds.
         sizes: m0, m1, m2 in bytes; m0 holds gradients, no parameters.
         too_large: Padded tokens of the smallest that did not fit.
-        knee: Tokens of a micro-batch from which larger ones are no faster, whatever the line says.
+        within: From and up to how many tokens a micro-batch is fast, whatever the line says; None
+            where that was not tried.
     """
 
     times: tuple[float, float, float]
     sizes: tuple[float, float, float]
     too_large: int = sys.maxsize
-    knee: int = sys.maxsize
+    within: tuple[int, int] | None = None
 
     def seconds(self, rows: float, length: float) -> float:
         return _at(self.times, (rows, length))
@@ -91,41 +92,60 @@ def probe(
     return measure(engine, given, device, aside)
 
 
-def knee(
+def within(
     accumulator: Accumulator,
     host: HostBatch,
     aside: Callable[..., AbstractContextManager[None]],
-    most: int,
-) -> tuple[int, int]:
-    """Return up to how many tokens a micro-batch is faster for being large; and how many were run.
+    said: int,
+) -> tuple[int, int, int]:
+    """Return from and up to how many tokens micro-batches are fast, and how many were run for it.
+
+    What a line says is best is timed against what a few hundred tokens (some thousands on an
+    accelerator) take: more have to be faster, fewer no slower.
 
     Args:
         accumulator: Is left as it is.
         host: An effective batch.
         aside: As of `probe`.
-        most: Tokens that are said to be best.
+        said: Tokens that are said to be best.
     """
     engine, num = alone(accumulator), 0
+    total = sum(engine.objective.size(example) for example in host)
+    few = min(total, TOKENS.get(next(engine.model.parameters()).device.type, OTHER_TOKENS))
+    if 2 * said <= few:
+        least, middle = _compared(engine, host, aside, said, few)
+        return (few if middle * AS_FAST < least else 0), sys.maxsize, 4
+    while min(said, total) > 2 * few:
+        most, middle = _compared(engine, host, aside, said, few)
+        num += 4
+        if most * AS_FAST < middle:
+            return 0, said, num
+        said //= 2
+    return 0, 2 * few if num else sys.maxsize, num
+
+
+def _compared(
+    engine: Accumulator,
+    host: HostBatch,
+    aside: Callable[..., AbstractContextManager[None]],
+    *sizes: int,
+) -> list[float]:
+    """Return the seconds a token in micro-batches of these sizes, the best of two in turns."""
     packed = engine.layout is not None
-    few = TOKENS.get(next(engine.model.parameters()).device.type, OTHER_TOKENS)
-    while most > 2 * few:
-        windows, seconds = {}, {few: float("inf"), most: float("inf")}  # a token
-        with suppressing_out_of_memory(), aside(engine.model, dropout=True):
-            for tokens in seconds:
-                micros = split(host, engine.objective, Budget(tokens=tokens), packed=packed)
-                micro = micros[len(micros) // 2]
-                shape = len(micro.examples), micro.size / len(micro.examples)
-                windows[tokens] = repeated(engine, host.take(micro.examples), shape, 1), micro.size
-            for _ in range(2):  # the faster of two each, in turns
-                for tokens, (window, size) in windows.items():
-                    spent = engine.attempt(window).seconds / size
-                    seconds[tokens], num = min(seconds[tokens], spent), num + 1
-                    clear(engine.model)
-        clear(engine.model)
-        if seconds[most] * AS_FAST < seconds[few]:
-            return most, num
-        most //= 2
-    return 2 * few, num
+    seconds = [float("inf")] * len(sizes)
+    with suppressing_out_of_memory(), aside(engine.model, dropout=True):
+        windows = []
+        for tokens in sizes:
+            micros = split(host, engine.objective, Budget(tokens=tokens), packed=packed)
+            micro = micros[len(micros) // 2]
+            shape = len(micro.examples), micro.size / len(micro.examples)
+            windows.append((repeated(engine, host.take(micro.examples), shape, 1), micro.size))
+        for _ in range(2):
+            for i, (window, size) in enumerate(windows):
+                seconds[i] = min(seconds[i], engine.attempt(window).seconds / size)
+                clear(engine.model)
+    clear(engine.model)
+    return seconds
 
 
 def alone(accumulator: Accumulator) -> Accumulator:

@@ -113,7 +113,7 @@ def recall(key: str) -> Probed | None:
     """Return what was measured under this key before."""
     try:
         entry = _kept()[key]
-        return Probed(tuple(entry["times"]), tuple(entry["sizes"]), knee=entry["knee"])
+        return Probed(tuple(entry["times"]), tuple(entry["sizes"]), within=tuple(entry["within"]))
     except (KeyError, TypeError):
         return None
 
