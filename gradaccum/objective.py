@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
-from gradaccum.compiled import uncompiled
+from gradaccum.compiled import is_compiled, uncompiled
 from gradaccum.errors import BadInput, CountMismatch
 from gradaccum.types import IGNORE_INDEX
 
@@ -240,14 +240,17 @@ def _let_through(model: nn.Module, head: nn.Module, given: dict[str, Any]) -> Te
     the model then returns as logits has to be just that. It is compared once: that may wait for
     the device.
     """
-    if model in _PLAIN:
+    if model in _PLAIN and is_compiled(model):
         with _having(head, _through):
-            return _logits(model(**given))
+            hidden = _logits(model(**given))
+        # Models may widen their logits, which a head does not take.
+        return hidden.to(next((p.dtype for p in head.parameters()), hidden.dtype))
     passed: list[Tensor] = []
     with uncompiled(model), _having(head, lambda hidden: passed.append(hidden) or hidden):
         logits = _logits(model(**given))
     is_same = len(passed) == 1 and (
         logits is passed[0]
+        or model in _PLAIN
         or (logits.shape == passed[0].shape and torch.equal(logits.to(passed[0]), passed[0]))
     )
     if not is_same:

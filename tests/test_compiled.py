@@ -105,3 +105,31 @@ def test_a_trainer_that_compiles(tmp_path, kind):
     ours.train()
     same(ours, big, found, expected)
     assert graphs[0] > 0 and sum(graphs[2:]) == 0, graphs
+
+
+def test_models_that_widen_their_logits(compiler):
+    """Heads take what their weights are, whatever the model makes of what they return."""
+
+    class Widened(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = llama().bfloat16()
+
+        def get_output_embeddings(self):
+            return self.net.lm_head
+
+        def forward(self, **given):
+            return self.net(**given).logits.float()
+
+    rows, found = examples(ROWS[0]), []
+    for compiled in (False, True):
+        net = Widened()
+        model = torch.compile(net, backend=compiler) if compiled else net
+        accumulator = gradaccum.engine.Accumulator(
+            model, gradaccum.causal_lm(), budget=Budget(tokens=64)
+        )
+        for _ in range(2):
+            accumulator.backward(rows)
+            found.append(oracle.left_in(net))
+            net.zero_grad()
+    assert all(oracle.error(gradient, found[0]) <= 1e-6 for gradient in found)

@@ -653,7 +653,8 @@ def test_the_state_of_an_optimizer_is_made_and_counted(tmp_path, monkeypatch):
     ("fastest", "said", "expected"),
     [
         (16, 128, (0, 32)), (64, 128, (0, 64)), (128, 128, (0, 128)), (1024, 128, (0, 128)),
-        (16, 8, (16, sys.maxsize)), (8, 8, (0, sys.maxsize)), (16, 32, (0, sys.maxsize)), (16, 12, (0, sys.maxsize)),
+        (16, 8, (16, sys.maxsize)), (8, 8, (0, sys.maxsize)), (16, 32, (0, sys.maxsize)),
+        (16, 12, (0, sys.maxsize)),
     ],
 )  # fmt: skip
 def test_what_a_line_says_is_tried(monkeypatch, fastest, said, expected):
