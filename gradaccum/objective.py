@@ -243,8 +243,9 @@ def _let_through(model: nn.Module, head: nn.Module, given: dict[str, Any]) -> Te
     if model in _PLAIN and is_compiled(model):
         with _having(head, _through):
             hidden = _logits(model(**given))
-        # Models may widen their logits, which a head does not take.
-        return hidden.to(next((p.dtype for p in head.parameters()), hidden.dtype))
+        # Models may widen their logits, which a head does not take; of one in 4 bits nothing tells.
+        wanted = [p.dtype for p in head.parameters() if p.is_floating_point()]
+        return hidden.to(wanted[0]) if wanted else hidden
     passed: list[Tensor] = []
     with uncompiled(model), _having(head, lambda hidden: passed.append(hidden) or hidden):
         logits = _logits(model(**given))
