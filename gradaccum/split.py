@@ -1,6 +1,5 @@
 """Cut an effective batch into micro-batches under a budget. Pure and deterministic."""
 
-from array import array
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -10,12 +9,11 @@ from typing import Any
 from gradaccum.batch import HostBatch
 from gradaccum.errors import BadInput
 from gradaccum.objective import Objective
-from gradaccum.packing.plan import SHARED, num_alike
+from gradaccum.packing.plan import SHARED, key, num_alike
 from gradaccum.types import Budget, Micro
 
 TRIES = 12  # to even out: the bound is then within 1 / 4,096 of the smallest
 FEW = 1024  # micro-batches, up to which they are evened out: among more there is little to gain
-WIDTH = array("i").itemsize
 Items = list[tuple[int, Sequence[int]]]  # what it costs, and its examples
 
 
@@ -136,15 +134,15 @@ def _alike(batch: HostBatch | list[Any], items: Items, tokens: int | None, most:
         most: Examples it may have.
     """
     examples = list(batch)
-    begins = [_key(example, SHARED) for example in examples]
+    begins = [tuple(_ids(example, SHARED)) for example in examples]
     num = Counter(begins)
-    maybe = [i for i, begin in enumerate(begins) if len(begin) == SHARED * WIDTH and num[begin] > 1]
-    keys = {i: _key(examples[i]) for i in maybe}
+    maybe = [i for i, begin in enumerate(begins) if len(begin) == SHARED and num[begin] > 1]
+    keys = {i: key(_ids(examples[i])) for i in maybe}
     joined: Items = [item for item in items if item[1][0] not in keys]
     before, cost, mates = b"", 0, list[int]()
     for i in sorted(maybe, key=keys.__getitem__):
         size = items[i][0]
-        alike, before = min(num_alike(before, keys[i]) // WIDTH, size), keys[i]
+        alike, before = min(num_alike(before, keys[i]), size), keys[i]
         fits = tokens is None or cost + size - alike <= tokens
         if not (alike >= SHARED and fits and len(mates) < most):
             joined += [(cost, mates)] if mates else []
@@ -154,10 +152,10 @@ def _alike(batch: HostBatch | list[Any], items: Items, tokens: int | None, most:
     return [*joined, (cost, mates)] if mates else joined
 
 
-def _key(example: Any, num: int | None = None) -> bytes:
-    """Return the first tokens of an example such that common beginnings are common bytes."""
+def _ids(example: Any, num: int | None = None) -> Sequence[int]:
+    """Return the first tokens of an example, none where there are no such."""
     ids: Any = example.get("input_ids") if isinstance(example, Mapping) else None
     if not isinstance(ids, (list, tuple)) and getattr(ids, "ndim", 0) != 1:
-        return b""
+        return ()
     ids = ids[:num] if isinstance(ids, (list, tuple)) else ids[:num].tolist()
-    return array("i", ids).tobytes() if ids and isinstance(ids[0], int) else b""
+    return ids if ids and isinstance(ids[0], int) else ()
