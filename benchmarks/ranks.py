@@ -53,9 +53,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from common import publish, timed
 
 from gradaccum.batch import as_batch
+from gradaccum.causal import causal_lm
 from gradaccum.engine import Accumulator
 from gradaccum.errors import PeerFailed
-from gradaccum.objective import causal_lm
 from gradaccum.sampler import EffectiveBatchSampler
 from gradaccum.split import split
 from gradaccum.sync.replicated import Replicated

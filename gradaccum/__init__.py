@@ -17,10 +17,11 @@ This module only re-exports; importing it needs torch alone and starts nothing.
 from typing import TYPE_CHECKING, Any
 
 from gradaccum import errors
+from gradaccum.causal import causal_lm
 from gradaccum.measured import from_mean
 from gradaccum.memory.auto import Accumulator
 from gradaccum.memory.plan import plan
-from gradaccum.objective import Objective, causal_lm
+from gradaccum.objective import Objective
 from gradaccum.sampler import EffectiveBatchSampler
 from gradaccum.types import Budget
 from gradaccum.verify import verify

@@ -15,7 +15,7 @@ LAYERS = {
     "packing": 3, "state": 3,
     "objective": 3, "batch": 3, "device": 3, "counters": 3, "reductions": 3, "restore": 3,
     "sync": 4, "sampler": 3, "stream": 3, "checkpoint": 5, "split": 4, "optimizers": 0,
-    "rows": 4,
+    "rows": 4, "causal": 4,
     "engine": 5, "contract": 5, "trace": 5, "measures": 5,
     "measured": 6, "weights": 6, "memory": 7, "diagnosis": 7, "audit": 8, "ranked": 9, "verify": 10,
     "testing": 11, "integrations": 11, "bench": 11,

@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from trl import get_peft_config
 from trl.trainer.utils import add_fused_lm_head
 
+from gradaccum.causal import causal_lm
 from gradaccum.cli import data, embedded
 from gradaccum.cli.arguments import Arguments, parse
 from gradaccum.cli.picture import check, draw
@@ -32,7 +33,7 @@ from gradaccum.memory.cap import cap_of
 from gradaccum.memory.options import Option, Search
 from gradaccum.memory.plan import LENGTH, Plan, plan
 from gradaccum.memory.recipes import FOUR_BIT, quantise
-from gradaccum.objective import Objective, causal_lm
+from gradaccum.objective import Objective
 from gradaccum.types import GIB, counted
 
 SHOWN = 8  # rows of the table for one setting

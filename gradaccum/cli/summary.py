@@ -11,11 +11,12 @@ from typing import Any
 
 import datasets
 
+from gradaccum.causal import causal_lm
 from gradaccum.cli.arguments import Arguments
 from gradaccum.cli.progress import Metrics, padding_or_shared
 from gradaccum.cli.ranks import IS_FIRST
 from gradaccum.device import suppressing_out_of_memory
-from gradaccum.objective import causal_lm, length
+from gradaccum.objective import length
 from gradaccum.split import split
 from gradaccum.types import Proof, counted
 

@@ -14,6 +14,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import has_length
 
 from gradaccum.batch import Collate, Listed
+from gradaccum.causal import causal_lm
 from gradaccum.device import is_out_of_memory
 from gradaccum.engine import Accumulator, Window
 from gradaccum.errors import BadInput, DoesNotFit
@@ -21,7 +22,7 @@ from gradaccum.integrations.positions import place, sampler_of
 from gradaccum.integrations.saving import changes, settings_of
 from gradaccum.measured import Measured, restored
 from gradaccum.memory.auto import Found
-from gradaccum.objective import causal_lm, length
+from gradaccum.objective import length
 from gradaccum.optimizers import materialize
 from gradaccum.sampler import EffectiveBatchSampler
 from gradaccum.split import split

@@ -23,13 +23,14 @@ from trl.trainer.utils import use_adapter
 
 from gradaccum import measures
 from gradaccum.batch import Listed
+from gradaccum.causal import TRAINED, causal_lm
 from gradaccum.device import is_out_of_memory
 from gradaccum.engine import Window
 from gradaccum.integrations.accumulation import Examples
 from gradaccum.integrations.hf import Attached
 from gradaccum.integrations.swap import replaced
 from gradaccum.memory.layout import SAMPLE, different
-from gradaccum.objective import TRAINED, causal_lm, length, shifted_tokens
+from gradaccum.objective import length, shifted_tokens
 from gradaccum.sync.choose import module_of
 from gradaccum.types import Micro
 

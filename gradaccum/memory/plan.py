@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from gradaccum.batch import Collate, as_batch
+from gradaccum.causal import causal_lm
 from gradaccum.errors import BadInput, DoesNotFit, NotDecomposable
 from gradaccum.memory import choose
 from gradaccum.memory.cap import Cap, cap_of, held_bytes
@@ -23,7 +24,7 @@ from gradaccum.memory.options import Option, Search
 from gradaccum.memory.predict import Job, needs_whole
 from gradaccum.memory.recipes import MakeOptimizer, optimizer_of
 from gradaccum.memory.spread import Spread, spread_of
-from gradaccum.objective import Objective, causal_lm
+from gradaccum.objective import Objective
 from gradaccum.types import Budget, amount, counted
 
 LENGTH = 1024  # tokens of each example where nothing else is said, as TRL's max_length

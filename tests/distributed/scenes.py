@@ -24,9 +24,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gradaccum
+from gradaccum.causal import causal_lm
 from gradaccum.engine import Accumulator
 from gradaccum.measured import Measured, from_mean
-from gradaccum.objective import Objective, causal_lm
+from gradaccum.objective import Objective
 from gradaccum.sync import replicated
 from gradaccum.types import Budget, Step
 from tests import models, oracle
