@@ -1,6 +1,7 @@
 """Packed micro-batches: what each token sees, the same gradient, and off where it is another."""
 
 import contextlib
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,11 +28,12 @@ from transformers import (
 
 import gradaccum
 from gradaccum.batch import as_batch
+from gradaccum.causal import causal_lm
 from gradaccum.device import suppressing_out_of_memory
 from gradaccum.measured import quiet
 from gradaccum.memory import layout
-from gradaccum.memory.layout import find_layout
-from gradaccum.objective import causal_lm
+from gradaccum.memory.layout import find_layout, packed_of
+from gradaccum.memory.probe import in_turns
 from gradaccum.packing.backbone import Packed
 from gradaccum.packing.plan import plan
 from gradaccum.padding import pad_collate
@@ -280,11 +282,31 @@ def test_it_is_off_where_it_saves_nothing_and_where_it_is_slow(monkeypatch):
     assert find_layout(accumulator, as_batch(even, None), quiet) is None
     batch = as_batch(EXAMPLES, None)
     assert find_layout(accumulator, batch, quiet) is not None
-    # Padded, packed, and again: one slow turn on a busy machine says nothing.
-    for times, is_packed in (((1.0, 9.0, 2.0, 9.0), False), ((1.0, 9.0, 1.0, 1.0), True)):
-        taken = iter(times)
-        monkeypatch.setattr(layout, "timed", lambda *_, taken=taken: next(taken))
+    for as_packed, is_packed in ((1.1, True), (1.3, False)):
+        monkeypatch.setattr(layout, "in_turns", lambda *_, found=as_packed: (1.0, found))
         assert (find_layout(accumulator, batch, quiet) is not None) == is_packed
+
+
+def test_one_slow_turn_on_a_busy_machine_says_nothing(monkeypatch):
+    engine = gradaccum.engine.Accumulator(
+        made("llama"), causal_lm(), budget=gradaccum.Budget(tokens=80)
+    )
+    host, ran = as_batch(EXAMPLES, None), []
+    cuts = [
+        (which, split(host, engine.objective, engine.budget, packed=which is not None))
+        for which in (None, packed_of(engine.model))
+    ]
+    taken = iter((100.0, 900.0, 200.0, 300.0))
+
+    def attempt(self, window):
+        ran.append(self.layout)
+        return SimpleNamespace(seconds=next(taken))
+
+    monkeypatch.setattr(gradaccum.engine.Accumulator, "attempt", attempt)
+    found = in_turns(engine, host, quiet, cuts)
+    useful = [micros[len(micros) // 2].useful for _, micros in cuts]
+    assert found == [100 / useful[0], 300 / useful[1]]
+    assert ran == [which for which, _ in cuts] * 2 and engine.layout is None
 
 
 def test_memory_that_runs_out_is_survived(monkeypatch):

@@ -7,7 +7,7 @@ save, it is then used, unless a micro-batch of each kind shows it to be slower h
 
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
@@ -17,17 +17,9 @@ from torch import Tensor, nn
 
 from gradaccum import measures
 from gradaccum.batch import HostBatch, Listed
-from gradaccum.device import is_out_of_memory, suppressing_out_of_memory
+from gradaccum.device import is_out_of_memory
 from gradaccum.engine import Accumulator
-from gradaccum.memory.probe import (
-    OTHER_TOKENS,
-    TOKENS,
-    alone,
-    clear,
-    repeated,
-    shape_of,
-    timed,
-)
+from gradaccum.memory.probe import OTHER_TOKENS, TOKENS, alone, clear, in_turns, repeated
 from gradaccum.packing.attention import Unpackable
 from gradaccum.packing.plan import Layout
 from gradaccum.split import split
@@ -73,22 +65,13 @@ def find_layout(
         if why:
             logger.info("micro-batches run padded: %s", why)
             return None
-        per_token: dict[Any, float] = {}
-        for layout, micros in [*cuts.items()] * 2:  # in turns, as the machine may be busy
-            engine.layout, micro = layout, micros[len(micros) // 2]
-            with suppressing_out_of_memory(), aside(engine.model, dropout=True):
-                sizes = [engine.objective.size(x) for x in _examples(host, micro.examples)]
-                shape = shape_of(sizes, packed=layout is not None)
-                seconds = timed(engine, host.take(micro.examples), shape) / max(1, micro.useful)
-                per_token[layout] = min(seconds, per_token.get(layout, seconds))
-            clear(engine.model)
+        padded, as_packed = in_turns(engine, host, aside, list(cuts.items()))
     except Exception as error:
         clear(engine.model)
         if not is_out_of_memory(error):
             raise
         return None
-    # Where one did not fit, there is nothing to compare; packed takes no more than padded.
-    if len(per_token) == len(cuts) and per_token[packed] > SLOWER * per_token[None]:
+    if as_packed > SLOWER * padded:
         logger.info("micro-batches run padded, which is faster here")
         return None
     return packed
@@ -160,8 +143,3 @@ def different(
     if error <= max(TIMES_FLOOR * floor, allowed):
         return ""
     return f"the gradient is {error:.1e} off, and {floor:.1e} is rounding"
-
-
-def _examples(host: HostBatch, chosen: Sequence[int]) -> list[Any]:
-    wanted = set(chosen)
-    return [example for i, example in enumerate(host) if i in wanted]

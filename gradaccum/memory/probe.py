@@ -26,6 +26,7 @@ from gradaccum.device import release, suppressing_out_of_memory
 from gradaccum.engine import Accumulator, Window
 from gradaccum.memory.tracker import BUFFERS, PARAMETERS, Tracker
 from gradaccum.objective import unweighted
+from gradaccum.packing.plan import Layout
 from gradaccum.split import split
 from gradaccum.state import Random
 from gradaccum.sync.alone import Alone, Hearing
@@ -36,6 +37,7 @@ TOKENS = {"cpu": 512}
 OTHER_TOKENS = 4096
 EXTRAPOLATED = 1.1  # times what is read off beyond the probes; where it is too little, it recovers
 SHORT = 0.2  # seconds, below which a probe is run twice
+TURNS = 2  # of what is compared
 AS_FAST = 1.02  # times the best; beyond the knee, larger micro-batches buy nothing
 Shape = tuple[float, float]  # rows, and tokens of a row
 
@@ -112,39 +114,58 @@ def within(
     engine, num = alone(accumulator), 0
     total = sum(engine.objective.size(example) for example in host)
     few = min(total, TOKENS.get(next(engine.model.parameters()).device.type, OTHER_TOKENS))
+
+    def compared(*sizes: int) -> list[float]:
+        packed = engine.layout is not None
+        budgets = [Budget(tokens=size) for size in sizes]
+        cuts = [split(host, engine.objective, budget, packed=packed) for budget in budgets]
+        return in_turns(engine, host, aside, [(engine.layout, micros) for micros in cuts])
+
     if 2 * said <= few:
-        least, middle = _compared(engine, host, aside, said, few)
-        return (few if middle * AS_FAST < least else 0), sys.maxsize, 4
+        least, middle = compared(said, few)
+        return (few if middle * AS_FAST < least else 0), sys.maxsize, 2 * TURNS
     while min(said, total) > 2 * few:
-        most, middle = _compared(engine, host, aside, said, few)
-        num += 4
+        most, middle = compared(said, few)
+        num += 2 * TURNS
         if most * AS_FAST < middle:
             return 0, said, num
         said //= 2
     return 0, 2 * few if num else sys.maxsize, num
 
 
-def _compared(
+def in_turns(
     engine: Accumulator,
     host: HostBatch,
     aside: Callable[..., AbstractContextManager[None]],
-    *sizes: int,
+    cuts: Sequence[tuple[Layout | None, Sequence[Micro]]],
 ) -> list[float]:
-    """Return the seconds a token in micro-batches of these sizes, the best of two in turns."""
-    packed = engine.layout is not None
-    seconds = [float("inf")] * len(sizes)
+    """Return the seconds a token of the examples in the middle micro-batch of each cut.
+
+    They run in turns, as the machine may be busy, and the better turn counts. Where memory runs
+    out there is nothing to compare: infinity for all that have not run.
+
+    Args:
+        engine: Its objective counts nothing.
+        host: An effective batch.
+        aside: As of `probe`.
+        cuts: Layouts, and micro-batches for them.
+    """
+    seconds = [float("inf")] * len(cuts)
+    layout = engine.layout
     with suppressing_out_of_memory(), aside(engine.model, dropout=True):
-        windows = []
-        for tokens in sizes:
-            micros = split(host, engine.objective, Budget(tokens=tokens), packed=packed)
+        runs = []
+        for which, micros in cuts:
             micro = micros[len(micros) // 2]
             shape = len(micro.examples), micro.size / len(micro.examples)
-            windows.append((repeated(engine, host.take(micro.examples), shape, 1), micro.size))
-        for _ in range(2):
-            for i, (window, size) in enumerate(windows):
-                seconds[i] = min(seconds[i], engine.attempt(window).seconds / size)
+            window = repeated(engine, host.take(micro.examples), shape, 1)
+            runs.append((which, window, max(1, micro.useful)))
+        for _ in range(TURNS):
+            for i, (which, window, useful) in enumerate(runs):
+                engine.layout = which
+                seconds[i] = min(seconds[i], engine.attempt(window).seconds / useful)
                 clear(engine.model)
     clear(engine.model)
+    engine.layout = layout
     return seconds
 
 
@@ -178,7 +199,7 @@ def measure(
         with suppressing_out_of_memory(), aside(engine.model, dropout=True):
             inputs = make()
             peaks[shape] = _peak(engine, repeated(engine, inputs, shape, num_micros), device)
-            seconds[shape] = timed(engine, inputs, shape)
+            seconds[shape] = _timed(engine, inputs, shape)
         clear(engine.model)
     release(device)
     failed = [int(rows * length) for rows, length in given if (rows, length) not in seconds]
@@ -206,7 +227,7 @@ def shape_of(sizes: Sequence[int], *, packed: bool) -> Shape:
     return total / length, length
 
 
-def timed(engine: Accumulator, inputs: Any, shape: Shape) -> float:
+def _timed(engine: Accumulator, inputs: Any, shape: Shape) -> float:
     """Return the seconds of one micro-batch that has run before; of short ones the faster of two.
 
     Args:
