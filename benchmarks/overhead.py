@@ -20,12 +20,13 @@ from common import publish
 from torch import nn
 
 import gradaccum
+from gradaccum.causal import TRAINED
 from gradaccum.cli import embedded
 
 
 def by_hand(net, micros, count):
     for micro in micros:
-        inputs = {key: value for key, value in micro.items() if key != "labels"}
+        inputs = {key: value for key, value in micro.items() if key not in ("labels", TRAINED)}
         logits = net(**inputs).logits[:, :-1].flatten(0, 1)
         labels = micro["labels"][:, 1:].flatten()
         (F.cross_entropy(logits, labels, ignore_index=-100, reduction="sum") / count).backward()

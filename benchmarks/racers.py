@@ -7,12 +7,14 @@ model's own mean loss of each micro-batch, and a mean over the micro-batches. un
 for its own copy of the model, in an environment that has it (`speed.py --unsloth PYTHON`).
 """
 
+import contextlib
 import sys
 import tempfile
 from pathlib import Path
 
 if sys.argv[1].startswith("unsloth"):
-    from unsloth import FastLanguageModel  # before all that it changes
+    with contextlib.redirect_stdout(sys.stderr):  # stdout is for the race
+        from unsloth import FastLanguageModel  # before all that it changes
 
 import torch
 from transformers import set_seed
@@ -103,7 +105,7 @@ def of_unsloth(arguments, stage, folder, rows, steps):
 def main(words):
     stage = Stage()
     train._quiet()
-    name, shape = words[0].split()
+    name, shape, *_ = words[0].split()
     rows, steps = map(int, shape.split("x"))
     with tempfile.TemporaryDirectory() as folder:
         arguments = parse(words[1:])

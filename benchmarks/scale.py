@@ -44,7 +44,7 @@ def tokenized(num):
     for pair in pairs:
         prompt, own = (tokenizer(pair[k])["input_ids"] for k in ("prompt", "completion"))
         labels = [-100] * len(prompt) + own
-        rows.append({"input_ids": (prompt + own)[:256], "labels": labels[:256]})
+        rows.append({"input_ids": (prompt + own)[:128], "labels": labels[:128]})
     trained = [row for row in rows if sum(label != -100 for label in row["labels"]) > 8]
     return trained[:2048], len(tokenizer)
 

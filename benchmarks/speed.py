@@ -101,10 +101,15 @@ WORKLOADS = {
 
 
 def command(name, flags, unsloth):
-    """Return what runs a contender; "ours 512" has a budget of 512 tokens, "ours" finds one."""
-    if name in OTHERS or name.startswith("unsloth"):
-        python = unsloth if name.startswith("unsloth") else sys.executable
-        return [python, str(HERE / "racers.py"), name, *flags]
+    """Return what runs a contender.
+
+    "ours 512" and "unsloth 32x1 512" have a budget of 512 tokens; "ours" finds one.
+    """
+    if name in OTHERS:
+        return [sys.executable, str(HERE / "racers.py"), name, *flags]
+    if name.startswith("unsloth"):
+        own = [f"UNSLOTH_TOKEN_BUDGET={tokens}" for tokens in name.split()[2:]]
+        return ["env", *own, unsloth, str(HERE / "racers.py"), name, *flags]
     kind, _, budget = name.partition(" ") if name.startswith("ours") else (name, "", "")
     own = ["--budget", f"{budget} tokens"] if budget else []
     return [sys.executable, "-m", "gradaccum.cli.contenders", kind, *flags, *own]
