@@ -21,6 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import gradaccum
 from gradaccum.cli import embedded
 from gradaccum.memory.tracker import PARAMETERS, Tracker
+from gradaccum.packing.plan import SHARED
 from gradaccum.split import split
 
 SIZES = (32, 128, 512, 2048, 8192)
@@ -140,11 +141,11 @@ def splitting():
     lengths = [min(8192, int(draw.lognormvariate(5, 1)) + 1) for _ in range(100_000)]
     rows = [{"input_ids": [1] * length} for length in lengths]
     found = {}
-    for packed in (False, True):
+    for kind, shared in (("padded", None), ("packed", SHARED)):
         budget = gradaccum.Budget(tokens=16_384)
         begin = time.perf_counter()
-        micros = split(rows, gradaccum.causal_lm(), budget, packed=packed)
-        found["packed" if packed else "padded"] = {
+        micros = split(rows, gradaccum.causal_lm(), budget, shared=shared)
+        found[kind] = {
             "seconds": round(time.perf_counter() - begin, 2),
             "micro_batches": len(micros),
             "least_possible": -(-sum(lengths) // 16_384),

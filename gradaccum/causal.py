@@ -7,8 +7,7 @@ Shapes: B rows, T tokens, N trained tokens, D hidden, V vocabulary; X is D or V.
 """
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -20,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from gradaccum.compiled import is_compiled, uncompiled
 from gradaccum.errors import BadInput
+from gradaccum.modules import having
 from gradaccum.objective import Objective, labels_of, length, shifted_tokens
 from gradaccum.types import IGNORE_INDEX
 
@@ -138,13 +138,13 @@ def _let_through(model: nn.Module, head: nn.Module, given: dict[str, Any]) -> Te
     the device.
     """
     if model in _PLAIN and is_compiled(model):
-        with _having(head, _through):
+        with having(head, _through):
             hidden = _logits(model(**given))
         # Models may widen their logits, which a head does not take; of one in 4 bits nothing tells.
         wanted = [p.dtype for p in head.parameters() if p.is_floating_point()]
         return hidden.to(wanted[0]) if wanted else hidden
     passed: list[Tensor] = []
-    with uncompiled(model), _having(head, lambda hidden: passed.append(hidden) or hidden):
+    with uncompiled(model), having(head, lambda hidden: passed.append(hidden) or hidden):
         logits = _logits(model(**given))
     is_same = len(passed) == 1 and (
         logits is passed[0]
@@ -163,19 +163,6 @@ def _let_through(model: nn.Module, head: nn.Module, given: dict[str, Any]) -> Te
 def _through(hidden: Tensor) -> Tensor:
     """Be the forward of a head: always this very function, by which a compiled model is known."""
     return hidden
-
-
-@contextmanager
-def _having(head: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Let a head run another forward inside."""
-    own = vars(head).get("forward")  # of those who wrap modules: offloading, kernels
-    head.forward = forward
-    try:
-        yield
-    finally:
-        del head.forward
-        if own is not None:
-            head.forward = own
 
 
 def _logits(outputs: Any) -> Tensor:

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradaccum.trees import modules_of, named_leaves
+from gradaccum.modules import modules_of
+from gradaccum.trees import named_leaves
 
 
 def is_compiled(model: nn.Module) -> bool:

@@ -193,9 +193,9 @@ class Accumulator:
         host = as_batch(
             batch, self._collate, trim=self.objective.trim, may_be_empty=num_ranks() > 1
         )
-        is_packed = self.layout is not None
+        shared = self.layout.shared if self.layout is not None else None
         budget = self.budget.within(self.limit)
-        micros = split(host, self.objective, budget, packed=is_packed)
+        micros = split(host, self.objective, budget, shared=shared)
         inputs = tuple(self.objective.ready(host.take(micro.examples)) for micro in micros)
         drawn = before, Random()
         window = Window(tuple(micros), inputs, (), None, None, "", host, drawn, hearing)

@@ -9,7 +9,7 @@ from typing import Any
 from gradaccum.batch import HostBatch
 from gradaccum.errors import BadInput
 from gradaccum.objective import Objective
-from gradaccum.packing.plan import SHARED, key, num_alike
+from gradaccum.packing.plan import NOTHING_SHARED, key, num_alike
 from gradaccum.types import Budget, Micro
 
 TRIES = 12  # to even out: the bound is then within 1 / 4,096 of the smallest
@@ -22,7 +22,7 @@ def split(
     objective: Objective,
     budget: Budget,
     *,
-    packed: bool = False,
+    shared: int | None = None,
 ) -> list[Micro]:
     """Return the fewest micro-batches that hold every example once, the largest first.
 
@@ -41,7 +41,8 @@ def split(
         batch: Iterates over its examples.
         objective: Its `size` says what an example costs.
         budget: An example larger than this gets a micro-batch of its own.
-        packed: Whether micro-batches run without padding.
+        shared: Micro-batches run packed, and so many tokens that examples begin with alike, or
+            more, once; None: padded.
 
     Raises:
         BadInput: The size of an example is not a whole number of at least 0.
@@ -59,10 +60,10 @@ def split(
         )
     most = min(len(sizes), budget.examples or len(sizes))
     items: Items = list(zip(sizes, zip(range(len(sizes)), strict=True), strict=True))
-    if packed:
-        items = _alike(batch, items, budget.tokens, most)
+    if shared is not None and shared < NOTHING_SHARED:
+        items = _alike(batch, items, budget.tokens, most, shared)
     items.sort(key=lambda item: -item[0])
-    cut = _Cut(items, packed=packed)
+    cut = _Cut(items, packed=shared is not None)
     tokens = budget.tokens
     ends = cut.ends(tokens, most)
     low, high = 0, tokens or 0
@@ -124,7 +125,9 @@ class _Cut:
         return found
 
 
-def _alike(batch: HostBatch | list[Any], items: Items, tokens: int | None, most: int) -> Items:
+def _alike(
+    batch: HostBatch | list[Any], items: Items, tokens: int | None, most: int, shared: int
+) -> Items:
     """Join items that begin alike, as far as a budget has room for them.
 
     Args:
@@ -132,11 +135,12 @@ def _alike(batch: HostBatch | list[Any], items: Items, tokens: int | None, most:
         items: One for each example.
         tokens: What a joined one may cost.
         most: Examples it may have.
+        shared: Tokens that it has to begin with alike.
     """
     examples = list(batch)
-    begins = [tuple(_ids(example, SHARED)) for example in examples]
+    begins = [tuple(_ids(example, shared)) for example in examples]
     num = Counter(begins)
-    maybe = [i for i, begin in enumerate(begins) if len(begin) == SHARED and num[begin] > 1]
+    maybe = [i for i, begin in enumerate(begins) if len(begin) == shared and num[begin] > 1]
     keys = {i: key(_ids(examples[i])) for i in maybe}
     joined: Items = [item for item in items if item[1][0] not in keys]
     before, cost, mates = b"", 0, list[int]()
@@ -144,7 +148,7 @@ def _alike(batch: HostBatch | list[Any], items: Items, tokens: int | None, most:
         size = items[i][0]
         alike, before = min(num_alike(before, keys[i]), size), keys[i]
         fits = tokens is None or cost + size - alike <= tokens
-        if not (alike >= SHARED and fits and len(mates) < most):
+        if not (alike >= shared and fits and len(mates) < most):
             joined += [(cost, mates)] if mates else []
             cost, mates, alike = 0, [], 0
         cost += size - alike

@@ -16,7 +16,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from gradaccum.compiled import uncompiled
 from gradaccum.errors import BadInput
-from gradaccum.trees import modules_of
+from gradaccum.modules import modules_of
 
 
 class Random:

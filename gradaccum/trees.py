@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gradaccum.errors import BadInput
 
@@ -92,15 +92,3 @@ def rebuild(like: Any, values: Any) -> Any:
         return type(like)(values)
     except TypeError:  # of mappings that are not made from a dict, such as defaultdict
         return values
-
-
-def modules_of(model: nn.Module) -> list[nn.Module]:
-    """Return what `model.modules()` yields, in half its time: this runs before every step."""
-    found: dict[int, nn.Module] = {}
-    left: list[nn.Module | None] = [model]
-    while left:
-        module = left.pop()
-        if module is not None and id(module) not in found:
-            found[id(module)] = module
-            left += module._modules.values()
-    return list(found.values())

@@ -8,10 +8,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import (
+    AlbertConfig,
+    AlbertForSequenceClassification,
     BertConfig,
-    BertForMaskedLM,
+    BertForSequenceClassification,
+    BertForTokenClassification,
     BloomConfig,
     BloomForCausalLM,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
     Gemma2Config,
     Gemma2ForCausalLM,
     GPT2Config,
@@ -20,10 +25,15 @@ from transformers import (
     MambaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    ModernBertConfig,
+    ModernBertForMaskedLM,
+    ModernBertForSequenceClassification,
     OPTConfig,
     OPTForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    RobertaConfig,
+    RobertaForSequenceClassification,
 )
 
 import gradaccum
@@ -35,7 +45,7 @@ from gradaccum.memory import layout
 from gradaccum.memory.layout import find_layout, packed_of
 from gradaccum.memory.probe import in_turns
 from gradaccum.packing.backbone import Packed
-from gradaccum.packing.plan import plan
+from gradaccum.packing.plan import SHARED, plan
 from gradaccum.padding import pad_collate
 from gradaccum.split import split
 from tests import models, oracle
@@ -203,6 +213,82 @@ def test_other_inputs_inside_run_as_they_are():
     assert torch.equal(found.logits, expected)
 
 
+BERT = {
+    "vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+    "num_attention_heads": 2, "hidden_dropout_prob": 0, "attention_probs_dropout_prob": 0,
+}  # fmt: skip
+ENCODERS = {
+    "bert": lambda: BertForSequenceClassification(BertConfig(**BERT)),
+    "bert (tokens)": lambda: BertForTokenClassification(BertConfig(**BERT)),
+    "roberta (positions)": lambda: RobertaForSequenceClassification(RobertaConfig(**BERT)),
+    "albert (one layer)": lambda: AlbertForSequenceClassification(
+        AlbertConfig(**BERT, embedding_size=8, classifier_dropout_prob=0)
+    ),
+    "distilbert": lambda: DistilBertForSequenceClassification(
+        DistilBertConfig(
+            vocab_size=40, dim=16, hidden_dim=24, n_layers=2, n_heads=2, dropout=0,
+            attention_dropout=0, seq_classif_dropout=0,
+        )
+    ),
+    "modernbert (rotary)": lambda: ModernBertForSequenceClassification(modern_bert()),
+}  # fmt: skip
+
+
+def modern_bert(**config):
+    return ModernBertConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+        num_attention_heads=2, pad_token_id=0, eos_token_id=1, bos_token_id=2, cls_token_id=1,
+        sep_token_id=2, **config,
+    )  # fmt: skip
+
+
+def classified(model, micro):
+    """Return the summed loss of rows, or of tokens, whose class is in `y`."""
+    given = {k: micro[k] for k in ("input_ids", "attention_mask", "token_type_ids") if k in micro}
+    logits, y = model(**given).logits, micro["y"]
+    if logits.ndim == 3:
+        y = torch.where(micro["attention_mask"] == 1, y[:, None], -100)
+    return torch.nn.functional.cross_entropy(logits.flatten(0, -2), y.flatten(), reduction="sum")
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_encoders_run_packed(name, checkpointing, monkeypatch):
+    monkeypatch.setattr(layout, "in_turns", lambda *_: (1.0, 1.0))  # a layer takes microseconds
+    torch.manual_seed(0)
+    model = ENCODERS[name]().double().train()
+    kinds = {} if name in ("distilbert", "modernbert (rotary)") else {"token_type_ids": [0]}
+    examples = [
+        {"input_ids": row, "y": i % 2} | {kind: value * len(row) for kind, value in kinds.items()}
+        for i, row in enumerate(ROWS)
+    ]
+    singles = [{k: torch.tensor([v]) for k, v in x.items()} for x in examples]
+    ones = [x | {"attention_mask": torch.ones_like(x["input_ids"])} for x in singles]
+    total = sum(classified(model, x) for x in ones)
+    expected = oracle.gradients(model, {"loss": total}, {"loss": len(examples)})
+    if checkpointing and model.supports_gradient_checkpointing:  # ALBERT has none
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    rows = gradaccum.Objective(classified, weight=lambda micro: len(micro["y"]))
+    accumulator = gradaccum.Accumulator(model, rows, budget=gradaccum.Budget(tokens=80))
+    step = accumulator.backward(examples)
+    assert isinstance(accumulator.layout, Packed)
+    assert step.num_micros > 1 and step.padded == step.useful  # what begins alike is not the same
+    assert oracle.error(oracle.left_in(model), expected) < 1e-12
+    if name != "modernbert (rotary)":
+        assert "forward" not in vars(accumulator.layout.encoder)
+
+
+def test_an_encoder_asked_for_more_runs_as_it_is():
+    torch.manual_seed(0)
+    model, inputs = ENCODERS["bert"]().double().train(), pad_collate(EXAMPLES)
+    given = {k: inputs[k] for k in ("input_ids", "attention_mask")}
+    expected = model(**given, output_hidden_states=True).hidden_states
+    packed = Packed(model)
+    with packed.running(inputs, inputs):
+        found = model(**given, output_hidden_states=True).hidden_states
+    assert not packed.is_on and all(map(torch.equal, found, expected))
+
+
 INEXACT = {
     "state-space": lambda: MambaForCausalLM(
         MambaConfig(vocab_size=40, hidden_size=16, num_hidden_layers=2, state_size=4)
@@ -211,10 +297,7 @@ INEXACT = {
         BloomConfig(vocab_size=40, hidden_size=16, n_layer=2, n_head=2,
                     hidden_dropout=0.0, attention_dropout=0.0)
     ),
-    "both ways": lambda: BertForMaskedLM(
-        BertConfig(vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
-                   num_attention_heads=2, hidden_dropout_prob=0, attention_probs_dropout_prob=0)
-    ),
+    "window both ways": lambda: ModernBertForMaskedLM(modern_bert(local_attention=4)),
     "capped attention": lambda: Gemma2ForCausalLM(
         Gemma2Config(**SMALL, attn_logit_softcapping=2.0, attn_implementation="eager")
     ),
@@ -293,7 +376,7 @@ def test_one_slow_turn_on_a_busy_machine_says_nothing(monkeypatch):
     )
     host, ran = as_batch(EXAMPLES, None), []
     cuts = [
-        (which, split(host, engine.objective, engine.budget, packed=which is not None))
+        (which, split(host, engine.objective, engine.budget, shared=which and which.shared))
         for which in (None, packed_of(engine.model))
     ]
     taken = iter((100.0, 900.0, 200.0, 300.0))
@@ -339,7 +422,7 @@ def test_the_packed_cut(batch, bound, rows):
     begin = list(range(20))
     examples = [{"input_ids": (begin if len(row) % 2 else []) + row} for row in batch]
     budget = gradaccum.Budget(tokens=bound, examples=rows)
-    micros = split(examples, causal_lm(), budget, packed=True)
+    micros = split(examples, causal_lm(), budget, shared=SHARED)
     assert sorted(i for m in micros for i in m.examples) == list(range(len(batch)))
     assert [m.size for m in micros] == sorted((m.size for m in micros), reverse=True)
     for micro in micros:
@@ -348,12 +431,12 @@ def test_the_packed_cut(batch, bound, rows):
         assert micro.useful == sum(map(len, own))
         assert micro.size <= bound or len(own) == 1
         assert rows is None or len(own) <= rows
-    assert micros == split(list(examples), causal_lm(), budget, packed=True)
+    assert micros == split(list(examples), causal_lm(), budget, shared=SHARED)
 
 
 def test_equal_cost_at_no_more_micro_batches():
     sizes = gradaccum.Objective(loss=lambda *_: None, weight=None, size=lambda n: n)
     cut = split([1] * 33, sizes, gradaccum.Budget(examples=32))
     assert [len(m.examples) for m in cut] == [17, 16]
-    cut = split([10] * 9, sizes, gradaccum.Budget(tokens=80), packed=True)
+    cut = split([10] * 9, sizes, gradaccum.Budget(tokens=80), shared=SHARED)
     assert [m.size for m in cut] == [50, 40]

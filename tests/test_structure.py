@@ -10,7 +10,7 @@ import gradaccum
 ROOT = Path(gradaccum.__file__).parent
 LAYERS = {
     "errors": 0,
-    "types": 1, "trees": 1,
+    "types": 1, "trees": 1, "modules": 1,
     "padding": 2, "verdict": 2, "fitting": 2, "dealing": 2, "stored": 2, "compiled": 2,
     "packing": 3, "state": 3,
     "objective": 3, "batch": 3, "device": 3, "counters": 3, "reductions": 3, "restore": 3,

@@ -51,7 +51,7 @@ class Cut:
         self._on_cpu = on_cpu
         # Workers are there before a budget is found, and read it here; 0 is no bound.
         self._bounds = torch.zeros(2, dtype=torch.long).share_memory_()
-        self._packed = torch.zeros((), dtype=torch.bool).share_memory_()
+        self._shared = torch.full((), -1, dtype=torch.long).share_memory_()
         self.set(budget)
 
     @property
@@ -66,13 +66,14 @@ class Cut:
         return bounds if any(bounds) else None
 
     @property
-    def packed(self) -> bool:
-        """Return whether micro-batches run without padding."""
-        return bool(self._packed)
+    def shared(self) -> int | None:
+        """Return how many common tokens run once, as `split` takes it; None: padded."""
+        shared = int(self._shared)
+        return shared if shared >= 0 else None
 
-    @packed.setter
-    def packed(self, packed: bool) -> None:
-        self._packed.fill_(packed)
+    @shared.setter
+    def shared(self, shared: int | None) -> None:
+        self._shared.fill_(-1 if shared is None else shared)
 
     def set(self, budget: Budget | None) -> None:
         """Set the budget of the batches that follow."""
@@ -157,7 +158,7 @@ def carry(examples: list[Any], *, collate: Collate, cut: Cut) -> Examples:
         return Examples(examples)
     batch = Listed(examples, collate)
     # By length, as the trainer does.
-    micros = split(batch, causal_lm(), cut.budget_for(examples), packed=cut.packed)
+    micros = split(batch, causal_lm(), cut.budget_for(examples), shared=cut.shared)
     return Examples(examples, {micro.examples: batch.take(micro.examples) for micro in micros})
 
 

@@ -292,7 +292,8 @@ class Attached(Evaluated, Saved):
         elif kept.packed:
             accumulator.layout = packed_of(accumulator.model)
         accumulation.is_laid_out = True
-        kept.packed = accumulation.cut.packed = accumulator.layout is not None
+        kept.packed = accumulator.layout is not None
+        accumulation.cut.shared = accumulator.layout.shared if accumulator.layout else None
 
     def _find(self, accumulator: Accumulator, given: Examples) -> None:
         """Find the budget: that of the run before it was interrupted, or by measuring."""

@@ -7,6 +7,7 @@ from typing import Protocol
 
 from gradaccum.memory.probe import AS_FAST, shape_of
 from gradaccum.objective import Objective
+from gradaccum.packing.plan import NOTHING_SHARED
 from gradaccum.split import split
 from gradaccum.types import Budget
 
@@ -82,7 +83,7 @@ def weigh(
     """Return what a budget means, over effective batches of which the last is the worst."""
     seconds, num_micros, most, peaks = 0.0, 0, 0, []
     for window in drawn:
-        micros = split(list(window), SIZES, budget, packed=packed)
+        micros = split(list(window), SIZES, budget, shared=NOTHING_SHARED if packed else None)
         shapes = [shape_of([window[i] for i in m.examples], packed=packed) for m in micros]
         most = max(most, len(shapes))
         peaks += [(forecast.peak_bytes(*shape), shape) for shape in set(shapes)]

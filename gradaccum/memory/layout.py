@@ -54,7 +54,7 @@ def find_layout(
     if isinstance(engine.budget, Budget):
         budget = budget.within(engine.budget)
     cuts = {
-        layout: split(host, engine.objective, budget, packed=layout is not None)
+        layout: split(host, engine.objective, budget, shared=layout.shared if layout else None)
         for layout in (None, packed)
     }
     run = {layout: sum(micro.size for micro in micros) for layout, micros in cuts.items()}
@@ -98,7 +98,10 @@ def _difference(
     """Return by what the packed gradient is wrong, or "" if it is not."""
     sizes = [engine.objective.size(example) for example in host]
     order = sorted(range(len(sizes)), key=sizes.__getitem__)
-    rows = [order[len(order) // 4], order[len(order) // 2]]
+    # Of two lengths, so that there is padding, where nothing is shared.
+    one, middle = order[len(order) // 4], len(order) // 2
+    other = next((i for i in order[middle:] if sizes[i] != sizes[one]), order[middle])
+    rows = [one, other]
     if isinstance(host, Listed):
         host, rows = host.settled(rows), [0, 1]
     one, other = rows

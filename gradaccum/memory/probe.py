@@ -116,9 +116,9 @@ def within(
     few = min(total, TOKENS.get(next(engine.model.parameters()).device.type, OTHER_TOKENS))
 
     def compared(*sizes: int) -> list[float]:
-        packed = engine.layout is not None
+        shared = engine.layout.shared if engine.layout is not None else None
         budgets = [Budget(tokens=size) for size in sizes]
-        cuts = [split(host, engine.objective, budget, packed=packed) for budget in budgets]
+        cuts = [split(host, engine.objective, budget, shared=shared) for budget in budgets]
         return in_turns(engine, host, aside, [(engine.layout, micros) for micros in cuts])
 
     if 2 * said <= few:

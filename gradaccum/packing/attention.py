@@ -1,5 +1,7 @@
 """Attention of one packed row: each segment sees what comes before it in its own rows, and itself.
 
+Where tokens see those behind them as well, segments are whole rows.
+
 Segment by segment through the kernels of torch, so that nothing is computed for pairs that do not
 see each other; on CUDA in 16 bits all segments at once, through its kernel for varying lengths.
 
@@ -44,13 +46,18 @@ def attend(
     Raises:
         Unpackable: It is asked for what is not known here (a cap, sinks, a bias of positions).
     """
-    unknown = [n for n, x in others.items() if x is not None and n not in IGNORED]
-    if unknown or not getattr(module, "is_causal", True) or others.get("is_causal") is False:
-        raise Unpackable(f"attention with {', '.join(unknown) or 'what comes after'}")
+    asked = {n: x for n, x in others.items() if x is not None and x is not False}
+    unknown = [n for n in asked if n not in IGNORED]
+    is_causal = getattr(module, "is_causal", True) and others.get("is_causal") is not False
     longest = max(segment.end - segment.begin + _num_before(segment) for segment in segments)
     window = sliding_window if sliding_window is not None and sliding_window < longest else None
+    if not is_causal and (window is not None or any(segment.before for segment in segments)):
+        unknown.append("what comes after")
+    if unknown:
+        raise Unpackable(f"attention with {', '.join(unknown)}")
     if query_1HSD.is_cuda and query_1HSD.element_size() == 2 and window is None and not dropout:
-        return _all_at_once(segments, query_1HSD, key_1GSD, value_1GSD, scaling, longest)
+        sees = (-1, 0) if is_causal else (-1, -1)
+        return _all_at_once(segments, query_1HSD, key_1GSD, value_1GSD, scaling, longest, sees)
     grouped = query_1HSD.shape[1] != key_1GSD.shape[1]
     parts = []
     for begin, end, before in segments:
@@ -61,7 +68,14 @@ def attend(
         mask = None if is_plain else _mask(num, num_seen, window, query.device)
         parts.append(
             F.scaled_dot_product_attention(
-                query, key, value, mask, dropout, is_plain, scale=scaling, enable_gqa=grouped
+                query,
+                key,
+                value,
+                mask,
+                dropout,
+                is_plain and is_causal,
+                scale=scaling,
+                enable_gqa=grouped,
             )
         )
     return torch.cat(parts, 2).transpose(1, 2)
@@ -96,6 +110,7 @@ def _all_at_once(
     value_1GSD: Tensor,
     scaling: float | None,
     longest: int,
+    sees: tuple[int, int],
 ) -> Tensor:
     """Return the same by one kernel, which aligns the last query of a segment with its last key."""
     from torch.nn.attention.varlen import varlen_attn
@@ -117,7 +132,7 @@ def _all_at_once(
         most,
         longest,
         scale=scaling,
-        window_size=(-1, 0),
+        window_size=sees,
     )
     assert isinstance(seen, Tensor), "nothing else was asked for"
     return seen[None]

@@ -2,7 +2,9 @@
 
 Tested with transformers 5.17 and 5.23. While a micro-batch runs, forward and backward, the body's
 `forward` is ours and its attention is a function of ours in transformers' own registry; both are
-put back afterwards. A body that wants anything but tokens and their mask runs as it is.
+put back afterwards. Of bodies whose tokens see those behind them as well (BERT), the encoder runs
+packed, between embeddings and pooler. A body that wants anything but tokens and their mask runs as
+it is.
 """
 
 import inspect
@@ -17,8 +19,9 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from gradaccum.compiled import is_compiled
+from gradaccum.modules import having
 from gradaccum.packing.attention import Unpackable, attend
-from gradaccum.packing.plan import SHARED, Plan, plan
+from gradaccum.packing.plan import NOTHING_SHARED, SHARED, Plan, plan
 
 logger = logging.getLogger(__name__)
 NAME = "gradaccum_packed"  # of our attention, in the registry of transformers
@@ -29,7 +32,8 @@ class Packed:
 
     Args:
         model: Any module with a transformers model inside.
-        shared: Tokens that rows have to begin with alike before they are run once.
+        shared: Tokens that rows have to begin with alike before they are run once, where tokens
+            see those before them alone.
 
     Raises:
         Unpackable: There is none, or it is compiled.
@@ -37,7 +41,9 @@ class Packed:
 
     def __init__(self, model: nn.Module, *, shared: int = SHARED) -> None:
         self.body = _body(model)
-        self.shared = shared
+        sees_all = _sees_all(self.body)
+        self.encoder = _encoder(self.body) if sees_all else None
+        self.shared = NOTHING_SHARED if sees_all else shared
         self.num_run = 0  # tokens that ran packed so far
         self.is_on = True
 
@@ -53,18 +59,14 @@ class Packed:
         if found is None:
             yield
             return
-        body, own = self.body, vars(self.body).get("forward")
-        attention = body.config._attn_implementation
-        run = _Run(self, *found, moved["input_ids"], body.forward)
+        attention = self.body.config._attn_implementation
+        run = _Run(self, *found, moved["input_ids"], self.body.forward)
         ALL_ATTENTION_FUNCTIONS.register(NAME, run.attend)
-        body.forward = run.forward
         try:
-            yield
+            with having(self.body, run.forward):
+                yield
         finally:
-            del body.forward
-            if own is not None:
-                body.forward = own
-            body.config._attn_implementation = attention
+            self.body.config._attn_implementation = attention
 
 
 class _Run:
@@ -90,37 +92,76 @@ class _Run:
         ids = named.get("input_ids")
         if ids is None or not self._is_planned(ids) or not _is_plain(named):
             return self._inner(*args, **given)
-        plan, config = self._plan, self._packed.body.config
-        source, position, target = (
-            x.to(ids.device, non_blocking=True)
-            for x in (plan.source_S, plan.position_S, plan.target_N)
-        )
-        given = named | {
-            "input_ids": ids.flatten().index_select(0, source)[None],
+        try:
+            found = self._embedded(named) if self._packed.encoder else self._whole(named)
+        except Unpackable as error:  # what it was not given when it was tried
+            logger.warning("micro-batches run padded from now on: %s", error)
+            self._packed.is_on = False
+            return self._inner(**named)
+        self._packed.num_run += self._plan.num_tokens
+        return found
+
+    def _whole(self, given: dict[str, Any]) -> Any:
+        """Run all of the body packed."""
+        if given.get("token_type_ids") is not None:
+            raise Unpackable("the body is given token_type_ids")
+        source, position = self._on(given["input_ids"], self._plan.source_S, self._plan.position_S)
+        packed = {
+            "input_ids": given["input_ids"].flatten().index_select(0, source)[None],
             "attention_mask": None,
             "position_ids": position[None],
             "use_cache": False,
         }
+        with self._attending():
+            found = self._inner(**(given | packed))
+        return self._unpacked(found)
+
+    def _embedded(self, given: dict[str, Any]) -> Any:
+        """Run the encoder packed, and what is before and behind it as it is: it is cheap."""
+        encoder = self._packed.encoder
+        assert encoder is not None, "it was looked for"
+        inner = encoder.forward
+
+        def forward(hidden_states: Tensor, attention_mask: Any = None, **others: Any) -> Any:
+            if hidden_states.shape[:2] != self._plan.shape or not _is_plain(others):
+                raise Unpackable("the encoder is given more than the tokens of the body")
+            (source,) = self._on(hidden_states, self._plan.source_S)
+            packed = hidden_states.flatten(0, 1).index_select(0, source)[None]
+            with self._attending():
+                found = inner(packed, attention_mask=None, **others)
+            return self._unpacked(found)
+
+        with having(encoder, forward):
+            found = self._inner(**given)
+        _require_only(found, "last_hidden_state", "pooler_output")
+        return found
+
+    @contextmanager
+    def _attending(self) -> Iterator[None]:
+        """Let attention be ours inside."""
+        config = self._packed.body.config
         attention = config._attn_implementation
         config._attn_implementation = NAME
         try:
-            found = self._inner(**given)
-            left = [k for k, v in found.items() if v is not None] if isinstance(found, dict) else []
-            if left != ["last_hidden_state"]:
-                raise Unpackable(f"the body returns {', '.join(left) or type(found).__name__}")
-        except Unpackable as error:  # what it was not given when it was tried
-            logger.warning("micro-batches run padded from now on: %s", error)
-            self._packed.is_on, found = False, None
+            yield
         finally:
             config._attn_implementation = attention
-        if found is None:
-            return self._inner(**named)
+
+    def _unpacked(self, found: Any) -> Any:
+        """Put the tokens that ran back to where they came from."""
+        _require_only(found, "last_hidden_state")
         hidden_1SD: Tensor = found["last_hidden_state"]
         if hidden_1SD.requires_grad:  # gradient checkpointing runs its layers again, in backward
             hidden_1SD.register_hook(self._before_backward)
-        self._packed.num_run += plan.num_tokens
-        found["last_hidden_state"] = hidden_1SD[0].index_select(0, target).view(*plan.shape, -1)
+        (target,) = self._on(hidden_1SD, self._plan.target_N)
+        hidden_BTD = hidden_1SD[0].index_select(0, target).view(*self._plan.shape, -1)
+        found["last_hidden_state"] = hidden_BTD
         return found
+
+    @staticmethod
+    def _on(there: Tensor, *indices: Tensor) -> tuple[Tensor, ...]:
+        """Return indices where a tensor is."""
+        return tuple(index.to(there.device, non_blocking=True) for index in indices)
 
     def attend(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **given: Any
@@ -150,14 +191,40 @@ def _planned(inputs: Any, shared: int) -> tuple[Plan, Tensor] | None:
 
 
 def _is_plain(given: dict[str, Any]) -> bool:
-    """Tell whether a body is given tokens and mask alone, and switches or numbers."""
+    """Tell whether a body is given tokens, kinds and mask alone, and switches or numbers."""
     return given.get("return_dict") is not False and all(
-        name in ("input_ids", "attention_mask")
+        name in ("input_ids", "attention_mask", "token_type_ids")
         or value is None
         or isinstance(value, (bool, int, float, str))
         or (isinstance(value, Tensor) and not value.ndim)
         for name, value in given.items()
     )
+
+
+def _require_only(found: Any, *names: str) -> None:
+    """Refuse what a body or an encoder returns beside these: nobody would unpack it."""
+    if not isinstance(found, dict):
+        raise Unpackable(f"it returns a {type(found).__name__}")
+    more = [name for name, value in found.items() if value is not None and name not in names]
+    if more or "last_hidden_state" not in found:
+        raise Unpackable(f"it returns {', '.join(more) or 'no hidden state'}")
+
+
+def _sees_all(body: PreTrainedModel) -> bool:
+    """Tell whether tokens see those behind them as well."""
+    found = [m.is_causal for m in body.modules() if isinstance(getattr(m, "is_causal", None), bool)]
+    return bool(found) and not any(found)
+
+
+def _encoder(body: PreTrainedModel) -> nn.Module | None:
+    """Return what runs between embeddings and pooler, if that is a module of its own."""
+    for name in ("encoder", "transformer"):
+        found = getattr(body, name, None)
+        if isinstance(found, nn.Module):
+            names = list(inspect.signature(found.forward).parameters)
+            if names[:2] == ["hidden_states", "attention_mask"]:
+                return found
+    return None
 
 
 def _body(model: nn.Module) -> PreTrainedModel:

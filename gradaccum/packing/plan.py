@@ -12,6 +12,7 @@ Shapes: B rows, T tokens of the longest with padding, S tokens that run.
 """
 
 import struct
+import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -23,10 +24,17 @@ from torch import Tensor
 
 # Tokens from which a common beginning is worth a segment of its own (docs/log.md).
 SHARED = 16
+NOTHING_SHARED = sys.maxsize  # so many that no beginning is, where tokens see those behind them
 
 
 class Layout(Protocol):
-    """Lay a micro-batch out for the model in another way than it was collated."""
+    """Lay a micro-batch out for the model in another way than it was collated.
+
+    Args:
+        shared: Tokens that rows have to begin with alike before these are run once.
+    """
+
+    shared: int
 
     def running(self, inputs: Any, moved: Any) -> AbstractContextManager[None]:
         """Do so inside, where a micro-batch runs both ways.
