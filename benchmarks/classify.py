@@ -29,6 +29,7 @@ from transformers import (
     default_data_collator,
     set_seed,
 )
+from transformers.models.bert.modeling_bert import BertLayer
 
 import gradaccum
 from gradaccum.bench import Contender, Stage, race, rows
@@ -90,11 +91,12 @@ class Watch(TrainerCallback):
         self.model, self.collate, self.stage = model, collate, stage
         self.start = copy.deepcopy(model)
         self.first, self.gradient, self.delivered, self.padded = [], None, [], 0
-        model.register_forward_pre_hook(self._count, with_kwargs=True)
+        for layer in [m for m in model.modules() if isinstance(m, BertLayer)][:1]:
+            layer.register_forward_pre_hook(self._count)
 
-    def _count(self, module, args, given):
-        if module.training and torch.is_grad_enabled():
-            self.padded += given["input_ids"].numel() if "input_ids" in given else 0
+    def _count(self, layer, given):
+        if layer.training and torch.is_grad_enabled():
+            self.padded += given[0].shape[:2].numel()
 
     def deliver(self, inputs):
         """Note the examples of a micro-batch, or of the whole step, each by itself."""

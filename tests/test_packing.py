@@ -41,11 +41,12 @@ from gradaccum.batch import as_batch
 from gradaccum.causal import causal_lm
 from gradaccum.device import suppressing_out_of_memory
 from gradaccum.measured import quiet
-from gradaccum.memory import layout
+from gradaccum.memory import layout, probe
 from gradaccum.memory.layout import find_layout, packed_of
 from gradaccum.memory.probe import in_turns
+from gradaccum.packing import attention, backbone
 from gradaccum.packing.backbone import Packed
-from gradaccum.packing.plan import SHARED, plan
+from gradaccum.packing.plan import SHARED, Segment, plan
 from gradaccum.padding import pad_collate
 from gradaccum.split import split
 from tests import models, oracle
@@ -254,7 +255,9 @@ def classified(model, micro):
 @pytest.mark.parametrize("name", ENCODERS)
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_encoders_run_packed(name, checkpointing, monkeypatch):
-    monkeypatch.setattr(layout, "in_turns", lambda *_: (1.0, 1.0))  # a layer takes microseconds
+    monkeypatch.setattr(
+        layout, "in_turns", lambda *_: ((1.0, 1.0), 4)
+    )  # a layer takes microseconds
     torch.manual_seed(0)
     model = ENCODERS[name]().double().train()
     kinds = {} if name in ("distilbert", "modernbert (rotary)") else {"token_type_ids": [0]}
@@ -287,6 +290,32 @@ def test_an_encoder_asked_for_more_runs_as_it_is():
     with packed.running(inputs, inputs):
         found = model(**given, output_hidden_states=True).hidden_states
     assert not packed.is_on and all(map(torch.equal, found, expected))
+
+
+def test_a_mask_for_pairs_of_tokens_runs_as_it_is():
+    torch.manual_seed(0)
+    model, inputs = ENCODERS["bert"]().double().train(), pad_collate(EXAMPLES)
+    num_rows, width = inputs["input_ids"].shape
+    inputs["attention_mask"] = torch.ones(num_rows, width, width, dtype=torch.long)
+    packed = Packed(model)
+    with packed.running(inputs, inputs):
+        model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+    assert packed.is_on and not packed.num_run
+
+
+@pytest.mark.parametrize("asked", [None, True, False])
+def test_attention_sees_what_it_is_asked_for(asked):
+    """A module may be causal by itself, and be asked for the other."""
+    query, key, value = torch.randn(3, 1, 2, 5, 4, dtype=torch.float64)
+    segments = [Segment(0, 2), Segment(2, 5)]
+    for own in (True, False):
+        module = SimpleNamespace(is_causal=own)
+        found = attention.attend(segments, module, query, key, value, is_causal=asked)
+        is_causal = own if asked is None else asked
+        for begin, end, _ in segments:
+            parts = (x[:, :, begin:end] for x in (query, key, value))
+            expected = torch.nn.functional.scaled_dot_product_attention(*parts, is_causal=is_causal)
+            torch.testing.assert_close(found[:, begin:end], expected.transpose(1, 2))
 
 
 INEXACT = {
@@ -344,8 +373,6 @@ def test_what_turns_up_later_is_run_as_it_is():
 
 def test_contamination_is_seen(monkeypatch):
     """If every token saw all before it in the packed row, the start-up check would say so."""
-    from gradaccum.packing import attention, backbone
-
     own = attention.attend
 
     def leaking(segments, module, query, *args, **kwargs):
@@ -366,7 +393,7 @@ def test_it_is_off_where_it_saves_nothing_and_where_it_is_slow(monkeypatch):
     batch = as_batch(EXAMPLES, None)
     assert find_layout(accumulator, batch, quiet) is not None
     for as_packed, is_packed in ((1.1, True), (1.3, False)):
-        monkeypatch.setattr(layout, "in_turns", lambda *_, found=as_packed: (1.0, found))
+        monkeypatch.setattr(layout, "in_turns", lambda *_, found=as_packed: ((1.0, found), 4))
         assert (find_layout(accumulator, batch, quiet) is not None) == is_packed
 
 
@@ -379,17 +406,20 @@ def test_one_slow_turn_on_a_busy_machine_says_nothing(monkeypatch):
         (which, split(host, engine.objective, engine.budget, shared=which and which.shared))
         for which in (None, packed_of(engine.model))
     ]
-    taken = iter((100.0, 900.0, 200.0, 300.0))
+    taken = iter((1.0, 9.0, 2.0, 3.0))
 
     def attempt(self, window):
         ran.append(self.layout)
         return SimpleNamespace(seconds=next(taken))
 
     monkeypatch.setattr(gradaccum.engine.Accumulator, "attempt", attempt)
-    found = in_turns(engine, host, quiet, cuts)
+    monkeypatch.setattr(probe, "LONG", 10.5)
+    found, num = in_turns(engine, host, quiet, cuts)
     useful = [micros[len(micros) // 2].useful for _, micros in cuts]
-    assert found == [100 / useful[0], 300 / useful[1]]
-    assert ran == [which for which, _ in cuts] * 2 and engine.layout is None
+    assert found == [1 / useful[0], 3 / useful[1]]
+    assert ran == [which for which, _ in cuts] * 2 and engine.layout is None and num == 4
+    taken = iter((1.0, 9.6))
+    assert in_turns(engine, host, quiet, cuts) == ([1 / useful[0], 9.6 / useful[1]], 2)  # long
 
 
 def test_memory_that_runs_out_is_survived(monkeypatch):

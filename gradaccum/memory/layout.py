@@ -65,7 +65,7 @@ def find_layout(
         if why:
             logger.info("micro-batches run padded: %s", why)
             return None
-        padded, as_packed = in_turns(engine, host, aside, list(cuts.items()))
+        (padded, as_packed), _ = in_turns(engine, host, aside, list(cuts.items()))
     except Exception as error:
         clear(engine.model)
         if not is_out_of_memory(error):

@@ -38,6 +38,7 @@ OTHER_TOKENS = 4096
 EXTRAPOLATED = 1.1  # times what is read off beyond the probes; where it is too little, it recovers
 SHORT = 0.2  # seconds, below which a probe is run twice
 TURNS = 2  # of what is compared
+LONG = 4.0  # seconds of a turn that is enough by itself
 AS_FAST = 1.02  # times the best; beyond the knee, larger micro-batches buy nothing
 Shape = tuple[float, float]  # rows, and tokens of a row
 
@@ -115,22 +116,24 @@ def within(
     total = sum(engine.objective.size(example) for example in host)
     few = min(total, TOKENS.get(next(engine.model.parameters()).device.type, OTHER_TOKENS))
 
-    def compared(*sizes: int) -> list[float]:
+    def compared(*sizes: int) -> tuple[list[float], int]:
         shared = engine.layout.shared if engine.layout is not None else None
         budgets = [Budget(tokens=size) for size in sizes]
         cuts = [split(host, engine.objective, budget, shared=shared) for budget in budgets]
         return in_turns(engine, host, aside, [(engine.layout, micros) for micros in cuts])
 
     if 2 * said <= few:
-        least, middle = compared(said, few)
-        return (few if middle * AS_FAST < least else 0), sys.maxsize, 2 * TURNS
-    while min(said, total) > 2 * few:
-        most, middle = compared(said, few)
-        num += 2 * TURNS
-        if most * AS_FAST < middle:
-            return 0, said, num
-        said //= 2
-    return 0, 2 * few if num else sys.maxsize, num
+        (least, middle), num = compared(said, few)
+        return (few if middle * AS_FAST < least else 0), sys.maxsize, num
+    most = 2 * few
+    while most < min(said, total):
+        larger = min(2 * most, said)
+        (seconds, middle), more = compared(larger, few)
+        num += more
+        if not seconds * AS_FAST < middle:
+            return 0, most, num
+        most = larger
+    return 0, most if num else sys.maxsize, num
 
 
 def in_turns(
@@ -138,11 +141,12 @@ def in_turns(
     host: HostBatch,
     aside: Callable[..., AbstractContextManager[None]],
     cuts: Sequence[tuple[Layout | None, Sequence[Micro]]],
-) -> list[float]:
+) -> tuple[list[float], int]:
     """Return the seconds a token of the examples in the middle micro-batch of each cut.
 
-    They run in turns, as the machine may be busy, and the better turn counts. Where memory runs
-    out there is nothing to compare: infinity for all that have not run.
+    They run in turns, as the machine may be busy, and the better turn counts; one turn is enough
+    where it is long. Where memory runs out there is nothing to compare: infinity for all that have
+    not run. How many ran is returned as well.
 
     Args:
         engine: Its objective counts nothing.
@@ -150,7 +154,7 @@ def in_turns(
         aside: As of `probe`.
         cuts: Layouts, and micro-batches for them.
     """
-    seconds = [float("inf")] * len(cuts)
+    seconds, spent = [float("inf")] * len(cuts), list[float]()
     layout = engine.layout
     with suppressing_out_of_memory(), aside(engine.model, dropout=True):
         runs = []
@@ -162,11 +166,14 @@ def in_turns(
         for _ in range(TURNS):
             for i, (which, window, useful) in enumerate(runs):
                 engine.layout = which
-                seconds[i] = min(seconds[i], engine.attempt(window).seconds / useful)
+                spent.append(engine.attempt(window).seconds)
+                seconds[i] = min(seconds[i], spent[-1] / useful)
                 clear(engine.model)
+            if sum(spent) > LONG:
+                break
     clear(engine.model)
     engine.layout = layout
-    return seconds
+    return seconds, len(spent)
 
 
 def alone(accumulator: Accumulator) -> Accumulator:

@@ -48,7 +48,8 @@ def attend(
     """
     asked = {n: x for n, x in others.items() if x is not None and x is not False}
     unknown = [n for n in asked if n not in IGNORED]
-    is_causal = getattr(module, "is_causal", True) and others.get("is_causal") is not False
+    said = others.get("is_causal")  # as transformers reads it
+    is_causal = bool(getattr(module, "is_causal", True) if said is None else said)
     longest = max(segment.end - segment.begin + _num_before(segment) for segment in segments)
     window = sliding_window if sliding_window is not None and sliding_window < longest else None
     if not is_causal and (window is not None or any(segment.before for segment in segments)):

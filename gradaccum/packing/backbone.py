@@ -186,7 +186,10 @@ def _planned(inputs: Any, shared: int) -> tuple[Plan, Tensor] | None:
     ids = inputs.get("input_ids") if isinstance(inputs, Mapping) else None
     if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.device.type != "cpu":
         return None
-    found = plan(ids, inputs.get("attention_mask"), shared=shared)
+    mask = inputs.get("attention_mask")
+    if mask is not None and (not isinstance(mask, Tensor) or mask.shape != ids.shape):
+        return None  # one for each pair of tokens
+    found = plan(ids, mask, shared=shared)
     return None if found is None else (found, ids)
 
 
