@@ -30,8 +30,8 @@ HEAD = """# Speed, measured
 Written by `python benchmarks/speed_page.py` from the results in
 [benchmarks/results](../benchmarks/results). Contenders run in processes of their own, in turns;
 medians over the rounds, with the least and the greatest, and the ratio to the first within each
-round. The error is that of the first step's gradient against float64, one example at a time. Two
-cores of a shared machine: compare within a table.
+round. The error is that of the first step's gradient against float64, one example at a time (weights
+of 4 bits have none). Two cores of a shared machine: compare within a table.
 
 ![Trained tokens a second, times the stock trainer](speed.png)
 
@@ -39,6 +39,10 @@ cores of a shared machine: compare within a table.
 16 accumulation steps; "loop" is a hand-written loop, one example at a time, without padding or
 metrics; "loop 2x16" with as many rows; "ours 512" has a budget of 512 tokens, "ours" finds one. How
 packing and sharing work, and where they are off: [the guide](guides/speed.md).
+
+`group_by_length` and packing make other batches: of rows of similar length, or of more examples.
+How a step grows with the effective batch, and a sequence with its length: [scale.png](scale.png),
+by `python benchmarks/scale.py`.
 
 Where ours does not win: on rows of one length there is nothing to gain, and a loop with the best
 number of rows is as fast or a few percent faster; on long sequences the time goes into attention,
