@@ -30,8 +30,8 @@ HEAD = """# Speed, measured
 Written by `python benchmarks/speed_page.py` from the results in
 [benchmarks/results](../benchmarks/results). Contenders run in processes of their own, in turns;
 medians over the rounds, with the least and the greatest, and the ratio to the first within each
-round. The error is that of the first step's gradient against float64, one example at a time (weights
-of 4 bits have none). Two cores of a shared machine: compare within a table.
+round. The error is that of the first step's gradient against float64, one example at a time
+(weights of 4 bits have none). Two cores of a shared machine: compare within a table.
 
 ![Trained tokens a second, times the stock trainer](speed.png)
 

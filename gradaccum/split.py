@@ -14,7 +14,6 @@ from gradaccum.types import Budget, Micro
 
 TRIES = 12  # to even out: the bound is then within 1 / 4,096 of the smallest
 FEW = 1024  # micro-batches, up to which they are evened out: among more there is little to gain
-Items = list[tuple[int, Sequence[int]]]  # what it costs, and its examples
 
 
 def split(
@@ -59,11 +58,14 @@ def split(
             f"the size of example {bad} is {sizes[bad]!r}, not a whole number of at least 0"
         )
     most = min(len(sizes), budget.examples or len(sizes))
-    items: Items = list(zip(sizes, zip(range(len(sizes)), strict=True), strict=True))
+    costs, order, mates = sizes, range(len(sizes)), dict[int, list[int]]()
     if shared is not None and shared < NOTHING_SHARED:
-        items = _alike(batch, items, budget.tokens, most, shared)
-    items.sort(key=lambda item: -item[0])
-    cut = _Cut(items, packed=shared is not None)
+        costs, mates = _alike(batch, sizes, budget.tokens, most, shared)
+        along = {i for found in mates.values() for i in found[1:]}
+        order = [i for i in order if i not in along]
+    order = sorted(order, key=costs.__getitem__, reverse=True)
+    rows = [len(mates[i]) if i in mates else 1 for i in order]
+    cut = _Cut([costs[i] for i in order], rows, packed=shared is not None)
     tokens = budget.tokens
     ends = cut.ends(tokens, most)
     low, high = 0, tokens or 0
@@ -79,7 +81,7 @@ def split(
     micros: list[Micro] = []
     begin = 0
     for end in ends:
-        examples = tuple(i for _, mates in items[begin:end] for i in mates)
+        examples = tuple(j for i in order[begin:end] for j in mates.get(i, (i,)))
         size = cut.size(begin, end)
         micros.append(Micro(examples, size, sum(sizes[i] for i in examples)))
         begin = end
@@ -93,16 +95,15 @@ class _Cut:
     """Cut items, the largest first, into runs.
 
     Args:
-        items: With what they cost.
+        costs: Of each item.
+        rows: Of each item.
         packed: Whether a run costs the sum of its items, or each of them as much as the largest.
     """
 
-    def __init__(self, items: Items, *, packed: bool) -> None:
-        self._costs = [cost for cost, _ in items]
-        self._rows = [len(mates) for _, mates in items]
-        self._packed = packed
-        self._cost_until = [0, *accumulate(self._costs)]
-        self._rows_until = [0, *accumulate(self._rows)]
+    def __init__(self, costs: list[int], rows: list[int], *, packed: bool) -> None:
+        self._costs, self._packed = costs, packed
+        self._cost_until = [0, *accumulate(costs)]
+        self._rows_until = [0, *accumulate(rows)]
 
     def size(self, begin: int, end: int) -> int:
         if self._packed:
@@ -126,34 +127,38 @@ class _Cut:
 
 
 def _alike(
-    batch: HostBatch | list[Any], items: Items, tokens: int | None, most: int, shared: int
-) -> Items:
-    """Join items that begin alike, as far as a budget has room for them.
+    batch: HostBatch | list[Any], sizes: list[int], tokens: int | None, most: int, shared: int
+) -> tuple[list[int], dict[int, list[int]]]:
+    """Join examples that begin alike, as far as a budget has room for them.
 
     Args:
         batch: Iterates over its examples.
-        items: One for each example.
-        tokens: What a joined one may cost.
-        most: Examples it may have.
-        shared: Tokens that it has to begin with alike.
+        sizes: What each costs by itself.
+        tokens: What joined ones may cost.
+        most: Examples that may be joined.
+        shared: Tokens that they have to begin with alike.
+
+    Returns:
+        What each costs, the first of joined ones with all the others; the joined ones, by the first
+        of them.
     """
     examples = list(batch)
     begins = [tuple(_ids(example, shared)) for example in examples]
     num = Counter(begins)
     maybe = [i for i, begin in enumerate(begins) if len(begin) == shared and num[begin] > 1]
     keys = {i: key(_ids(examples[i])) for i in maybe}
-    joined: Items = [item for item in items if item[1][0] not in keys]
-    before, cost, mates = b"", 0, list[int]()
+    costs, joined = list(sizes), dict[int, list[int]]()
+    before, first = b"", -1
     for i in sorted(maybe, key=keys.__getitem__):
-        size = items[i][0]
-        alike, before = min(num_alike(before, keys[i]), size), keys[i]
-        fits = tokens is None or cost + size - alike <= tokens
-        if not (alike >= shared and fits and len(mates) < most):
-            joined += [(cost, mates)] if mates else []
-            cost, mates, alike = 0, [], 0
-        cost += size - alike
-        mates.append(i)
-    return [*joined, (cost, mates)] if mates else joined
+        alike, before = min(num_alike(before, keys[i]), sizes[i]), keys[i]
+        more = sizes[i] - alike
+        fits = first >= 0 and (tokens is None or costs[first] + more <= tokens)
+        if alike >= shared and fits and len(joined[first]) < most:
+            costs[first] += more
+            joined[first].append(i)
+        else:
+            first, joined[i] = i, [i]
+    return costs, joined
 
 
 def _ids(example: Any, num: int | None = None) -> Sequence[int]:
