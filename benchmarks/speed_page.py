@@ -41,14 +41,12 @@ metrics; "loop 2x16" with as many rows; "ours 512" has a budget of 512 tokens, "
 packing and sharing work, and where they are off: [the guide](guides/speed.md).
 
 `group_by_length` and packing make other batches: of rows of similar length, or of more examples.
-How a step grows with the effective batch, and a sequence with its length: [scale.png](scale.png),
-by `python benchmarks/scale.py`.
 
 Where ours does not win: on rows of one length there is nothing to gain, and a loop with the best
 number of rows is as fast or a few percent faster; on long sequences the time goes into attention,
 which costs the same by itself, so that ours is as fast as the loop. Its peak memory is that of
 the start, when it measures how the loss is reduced and which micro-batches are fast; from then on
-its budget bounds it.
+its budget bounds it. Unsloth takes least: it computes activations again, and logits in chunks.
 """
 
 
