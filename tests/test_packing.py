@@ -17,6 +17,8 @@ from transformers import (
     BloomForCausalLM,
     DistilBertConfig,
     DistilBertForSequenceClassification,
+    ElectraConfig,
+    ElectraForSequenceClassification,
     Gemma2Config,
     Gemma2ForCausalLM,
     GPT2Config,
@@ -225,6 +227,9 @@ ENCODERS = {
     "albert (one layer)": lambda: AlbertForSequenceClassification(
         AlbertConfig(**BERT, embedding_size=8, classifier_dropout_prob=0)
     ),
+    "electra (narrow embeddings)": lambda: ElectraForSequenceClassification(
+        ElectraConfig(**BERT, embedding_size=8)
+    ),
     "distilbert": lambda: DistilBertForSequenceClassification(
         DistilBertConfig(
             vocab_size=40, dim=16, hidden_dim=24, n_layers=2, n_heads=2, dropout=0,
@@ -289,7 +294,7 @@ def test_an_encoder_asked_for_more_runs_as_it_is():
     packed = Packed(model)
     with packed.running(inputs, inputs):
         found = model(**given, output_hidden_states=True).hidden_states
-    assert not packed.is_on and all(map(torch.equal, found, expected))
+    assert packed.shared is None and all(map(torch.equal, found, expected))
 
 
 def test_a_mask_for_pairs_of_tokens_runs_as_it_is():
@@ -300,7 +305,7 @@ def test_a_mask_for_pairs_of_tokens_runs_as_it_is():
     packed = Packed(model)
     with packed.running(inputs, inputs):
         model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
-    assert packed.is_on and not packed.num_run
+    assert packed.shared is not None and not packed.num_run
 
 
 @pytest.mark.parametrize("asked", [None, True, False])
@@ -367,8 +372,14 @@ def test_what_turns_up_later_is_run_as_it_is():
     count = causal_lm().weight(inputs)
     with packed.running(inputs, inputs):
         (causal_lm().loss(model, inputs | {"cap": 3.0}) / count).backward()
-    assert not packed.is_on and not packed.num_run
+    assert packed.shared is None and not packed.num_run
     assert oracle.error(oracle.left_in(model), expected) < 1e-12
+    # From then on micro-batches are cut as they run: padded.
+    engine = gradaccum.engine.Accumulator(model, causal_lm(), budget=gradaccum.Budget(tokens=80))
+    engine.layout = packed
+    micros = engine.prepare(EXAMPLES).micros
+    assert list(micros) == split(as_batch(EXAMPLES, None), causal_lm(), engine.budget)
+    assert sum(micro.size for micro in micros) > sum(micro.useful for micro in micros)
 
 
 def test_contamination_is_seen(monkeypatch):

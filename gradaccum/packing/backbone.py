@@ -43,9 +43,8 @@ class Packed:
         self.body = _body(model)
         sees_all = _sees_all(self.body)
         self.encoder = _encoder(self.body) if sees_all else None
-        self.shared = NOTHING_SHARED if sees_all else shared
+        self.shared: int | None = NOTHING_SHARED if sees_all else shared  # None: given up
         self.num_run = 0  # tokens that ran packed so far
-        self.is_on = True
 
     @contextmanager
     def running(self, inputs: Any, moved: Any) -> Iterator[None]:
@@ -55,7 +54,7 @@ class Packed:
             inputs: The collated micro-batch, on the host.
             moved: The same on the device, as the loss is given it.
         """
-        found = _planned(inputs, self.shared) if self.is_on else None
+        found = _planned(inputs, self.shared) if self.shared is not None else None
         if found is None:
             yield
             return
@@ -96,7 +95,7 @@ class _Run:
             found = self._embedded(named) if self._packed.encoder else self._whole(named)
         except Unpackable as error:  # what it was not given when it was tried
             logger.warning("micro-batches run padded from now on: %s", error)
-            self._packed.is_on = False
+            self._packed.shared = None
             return self._inner(**named)
         self._packed.num_run += self._plan.num_tokens
         return found

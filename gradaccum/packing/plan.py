@@ -31,10 +31,11 @@ class Layout(Protocol):
     """Lay a micro-batch out for the model in another way than it was collated.
 
     Args:
-        shared: Tokens that rows have to begin with alike before these are run once.
+        shared: Tokens that rows have to begin with alike before these are run once; None: rows
+            are padded from now on.
     """
 
-    shared: int
+    shared: int | None
 
     def running(self, inputs: Any, moved: Any) -> AbstractContextManager[None]:
         """Do so inside, where a micro-batch runs both ways.
