@@ -1,12 +1,14 @@
 """Time `Accumulator.backward` against a hand-written loop over the very same micro-batches.
 
-The hand-written loop gets its micro-batches collated and its count for nothing; the accumulator
-cuts, collates and counts in the time that is taken. Ratios of interleaved rounds.
+Both collate in the time that is taken. The hand-written loop gets its micro-batches cut and its
+count for nothing; the accumulator cuts and counts. Ratios of interleaved rounds, short and many,
+since a machine that others use as well changes its speed within seconds; and the 95% interval of
+their median.
 
-Where rounds differ by a tenth these ratios are good to a hundredth or two. So the same loops also
-run a model that costs next to nothing, where what the engine adds to a micro-batch can be seen.
+The same loops also run a model that costs next to nothing, where what the engine adds to a
+micro-batch can be seen.
 
-    python benchmarks/overhead.py --rounds 15 --out benchmarks/results/overhead.json
+    python benchmarks/overhead.py --rounds 100 --out benchmarks/results/overhead.json
 """
 
 import argparse
@@ -20,28 +22,29 @@ from common import publish
 from torch import nn
 
 import gradaccum
-from gradaccum.causal import TRAINED
 from gradaccum.cli import embedded
+from gradaccum.padding import pad_collate
 
 
-def by_hand(net, micros, count):
-    for micro in micros:
-        inputs = {key: value for key, value in micro.items() if key not in ("labels", TRAINED)}
+def by_hand(net, batch, parts, count):
+    for part in parts:
+        inputs = pad_collate([batch[i] for i in part])
+        labels = inputs.pop("labels")[:, 1:].flatten()
         logits = net(**inputs).logits[:, :-1].flatten(0, 1)
-        labels = micro["labels"][:, 1:].flatten()
         (F.cross_entropy(logits, labels, ignore_index=-100, reduction="sum") / count).backward()
 
 
 def measure(net, batch, budget, rounds):
     accumulator = gradaccum.Accumulator(net, gradaccum.causal_lm(), budget=budget)
     window = accumulator.prepare(batch)
+    parts = [micro.examples for micro in window.micros]
     ratios, seconds, added = [], [], []
     for round_ in range(rounds + 1):
         times = {}
         for name in ("hand", "ours") if round_ % 2 else ("ours", "hand"):
             begin = time.perf_counter()
             if name == "hand":
-                by_hand(net, window.inputs, window.totals["loss"])
+                by_hand(net, batch, parts, window.totals["loss"])
             else:
                 accumulator.backward(batch)
             times[name] = time.perf_counter() - begin
@@ -56,12 +59,22 @@ def measure(net, batch, budget, rounds):
         "micro_batches": len(window.micros),
         "hand_written_seconds": round(statistics.median(seconds), 4),
         "ratio_median": round(statistics.median(ratios), 4),
+        "ratio_interval": [round(q, 4) for q in interval_of_median(ratios)],
         "ratio_quartiles": [round(q, 4) for q in statistics.quantiles(ratios, n=4)[::2]],
         "added_microseconds_per_micro_batch": round(
             1e6 * statistics.median(added) / len(window.micros)
         ),
         "prepare_seconds": round(time.perf_counter() - begin, 5),
     }
+
+
+def interval_of_median(values):
+    """Return the 95% interval of the median, by order statistics."""
+    ordered, margin = sorted(values), 0.98 * len(values) ** 0.5
+    middle = len(values) / 2
+    return ordered[max(0, int(middle - margin))], ordered[
+        min(len(values) - 1, int(middle + margin))
+    ]
 
 
 class Tiny(nn.Module):
@@ -78,27 +91,27 @@ class Tiny(nn.Module):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=100)
     parser.add_argument("--out")
     options = parser.parse_args()
     pairs = embedded.functions(400)
     tokenizer = embedded.tokenizer(p["prompt"] + p["completion"] for p in pairs)
     net = embedded.model(tokenizer)
     ids = tokenizer([p["prompt"] + p["completion"] for p in pairs])["input_ids"]
-    ragged = [{"input_ids": row[:512], "labels": row[:512]} for row in ids[:32]]
+    ragged = [{"input_ids": row[:512], "labels": row[:512]} for row in ids[:8]]
     long = [token for row in ids for token in row]
     uniform = [
-        {"input_ids": (part := long[128 * i : 128 * i + 128]), "labels": part} for i in range(32)
+        {"input_ids": (part := long[128 * i : 128 * i + 128]), "labels": part} for i in range(8)
     ]
     rows = {
-        "uniform, 32 x 128 tokens, 4 rows": (uniform, gradaccum.Budget(examples=4)),
-        "uniform, 32 x 128 tokens, 1 row": (uniform, gradaccum.Budget(examples=1)),
-        "ragged, 32 functions, 512 tokens": (ragged, gradaccum.Budget(tokens=512)),
+        "uniform, 8 x 128 tokens, 4 rows": (uniform, gradaccum.Budget(examples=4)),
+        "uniform, 8 x 128 tokens, 1 row": (uniform, gradaccum.Budget(examples=1)),
+        "ragged, 8 functions, 512 tokens": (ragged, gradaccum.Budget(tokens=512)),
     }
     figures = {name: measure(net, *row, options.rounds) for name, row in rows.items()}
     few = [{"input_ids": [0, 1], "labels": [0, 1]}] * 32
     figures["next to nothing, 32 x 2 tokens, 1 row"] = measure(
-        Tiny(), few, gradaccum.Budget(examples=1), 20 * options.rounds
+        Tiny(), few, gradaccum.Budget(examples=1), 4 * options.rounds
     )
     publish({"workloads": figures}, options.out)
 

@@ -1,11 +1,12 @@
 """Show how cost grows: a step with the effective batch, a sequence with its length, a split.
 
-A step: functions of the standard library, a small model of their vocabulary, effective batches from
-32 to 8,192, the same 2,048 examples over and over (each time without one more of their first
-tokens, so that they do not begin alike); milliseconds a thousand trained tokens and the peak of
-tensors beyond the model. Rounds are interleaved; smaller batches take several steps in their turn.
+A step: rows of 128 bytes of the standard library's functions, a small model of bytes, effective
+batches from 32 to 8,192; milliseconds a thousand trained tokens and the peak of tensors beyond the
+model. The machine's speed drifts within minutes by more than what is looked for, so each turn of a
+size runs between two turns of the smallest, whose mean it is compared with; the median of these
+ratios, and the least and the most. Smaller batches take several steps in their turn.
 
-    python benchmarks/scale.py --rounds 5 --out benchmarks/results/scale.json --plot docs/scale.png
+    python benchmarks/scale.py --rounds 7 --out benchmarks/results/scale.json --plot docs/scale.png
 """
 
 import argparse
@@ -27,42 +28,45 @@ from gradaccum.split import split
 SIZES = (32, 128, 512, 2048, 8192)
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192)
 BUDGET = gradaccum.Budget(tokens=1024)
+TURN = 2048  # examples that a turn runs at least
 
 
-def small(vocabulary):
+def small():
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=vocabulary, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+        vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
         num_attention_heads=4, max_position_embeddings=8192,
     )  # fmt: skip
     return LlamaForCausalLM(config).train()
 
 
-def tokenized(num):
-    pairs = embedded.functions(num)
-    tokenizer = embedded.tokenizer(p["prompt"] + p["completion"] for p in pairs)
-    # All tokens are trained, so that the largest micro-batches of all sizes have as many logits.
-    rows = tokenizer([pair["prompt"] + pair["completion"] for pair in pairs])["input_ids"]
-    rows = [row[:128] for row in rows if len(row) > 8][:2048]
-    return [{"input_ids": row, "labels": row} for row in rows], len(tokenizer)
-
-
-def stepping(model, rows, rounds):
+def stepping(model, rounds):
     """Return the cost of a trained token at each size, and the peak of tensors."""
     accumulator = gradaccum.Accumulator(model, gradaccum.causal_lm(), budget=BUDGET)
-    copies = range(SIZES[-1] // len(rows))
-    most = [{name: row[name][copy:] for name in row} for copy in copies for row in rows]
-    found = {size: [] for size in SIZES}
-    accumulator.backward(most[:32]), model.zero_grad()
+    texts = ["".join(pair.values()).encode() for pair in embedded.functions(4500)]
+    # All tokens are trained, so that the largest micro-batches of all sizes have as many logits.
+    rows = [list(text[i : i + 128]) for text in texts for i in range(0, len(text) - 127, 128)]
+    most = [{"input_ids": row, "labels": row} for row in rows[: SIZES[-1]]]
+    assert len(most) == SIZES[-1]
+
+    def turn(size):
+        begin, weight = time.perf_counter(), 0.0
+        for start in range(0, max(TURN, size), size):
+            weight += accumulator.backward(most[start : start + size]).weight
+            model.zero_grad()
+        return 1e6 * (time.perf_counter() - begin) / weight
+
+    base, *larger = SIZES
+    turn(base)
+    costs, ratios = {size: [] for size in SIZES}, {size: [] for size in larger}
     for round_ in range(rounds):
-        for size in SIZES if round_ % 2 else SIZES[::-1]:
-            begin, weight = time.perf_counter(), 0.0
-            # Each turn runs the same 2,048 examples, or all of the largest.
-            for start in range(0, max(2048, size), size):
-                weight += accumulator.backward(most[start : start + size]).weight
-                model.zero_grad()
-            found[size].append(1e6 * (time.perf_counter() - begin) / weight)
-            print(round_, size, round(found[size][-1], 1), flush=True)
+        costs[base].append(turn(base))
+        for size in larger if round_ % 2 else larger[::-1]:
+            costs[size].append(turn(size))
+            costs[base].append(turn(base))
+            around = statistics.mean(costs[base][-2:])
+            ratios[size].append(costs[size][-1] / around)
+            print(round_, size, round(costs[size][-1], 1), round(ratios[size][-1], 3), flush=True)
     peaks = {}
     for size in SIZES:
         tracker = Tracker()
@@ -74,16 +78,18 @@ def stepping(model, rows, rounds):
             tracker.close()
         peaks[size] = tracker.peak_bytes - tracker.peak[PARAMETERS]
         model.zero_grad()
-    base = statistics.median(found[SIZES[0]])
     return {
         size: {
             "ms_per_1000_trained_tokens": round(statistics.median(times), 2),
-            "spread": [round(min(times), 2), round(max(times), 2)],
-            "times_that_of_32": round(statistics.median(times) / base, 3),
+            "times_that_of_32": [1.0] * 3 if size == base else with_spread(ratios[size]),
             "peak_tensor_mib": round(peaks[size] / 2**20, 1),
         }
-        for size, times in found.items()
+        for size, times in costs.items()
     }
+
+
+def with_spread(ratios):
+    return [round(x, 3) for x in (statistics.median(ratios), min(ratios), max(ratios))]
 
 
 def lengthening(model, rounds):
@@ -94,7 +100,7 @@ def lengthening(model, rounds):
     times = {length: [] for length in LENGTHS}
     for round_ in range(rounds + 1):
         for length in LENGTHS:
-            ids = torch.randint(3, 1000, (length,)).tolist()
+            ids = torch.randint(3, 256, (length,)).tolist()
             begin = time.perf_counter()
             accumulator.backward([{"input_ids": ids, "labels": ids}])
             if round_:
@@ -159,11 +165,11 @@ def draw(figures, path):
     figure = Figure(figsize=(10, 3.4), layout="constrained")
     time_, memory, length = figure.subplots(1, 3)
     steps = figures["effective batch"]
-    sizes, costs = list(steps), [row["ms_per_1000_trained_tokens"] for row in steps.values()]
-    reach = [[cost - row["spread"][0], row["spread"][1] - cost]
-             for cost, row in zip(costs, steps.values(), strict=True)]  # fmt: skip
-    time_.errorbar(sizes, costs, yerr=list(zip(*reach, strict=True)), marker="o", capsize=3)
-    time_.set(title="time of a trained token", ylabel="ms for 1,000", ylim=(0, None))
+    sizes, ratios = list(steps), [row["times_that_of_32"] for row in steps.values()]
+    reach = [(middle - least, most - middle) for middle, least, most in ratios]
+    middles = [middle for middle, _, _ in ratios]
+    time_.errorbar(sizes, middles, yerr=list(zip(*reach, strict=True)), marker="o", capsize=3)
+    time_.set(title="time of a trained token", ylabel="times that of 32", ylim=(0, None))
     peaks = {size: row["peak_tensor_mib"] for size, row in steps.items()}
     memory.plot(list(peaks), list(peaks.values()), marker="o")
     memory.set(title="memory beyond the model", ylabel="MiB of tensors", ylim=(0, None))
@@ -181,17 +187,16 @@ def draw(figures, path):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--out")
     parser.add_argument("--plot", help="draw the curves into this file")
     options = parser.parse_args()
-    rows, vocabulary = tokenized(2500)
-    model = small(vocabulary)
+    model = small()
     figures = {
         "split of 100,000 examples, 16,384 tokens": splitting(),
         "an epoch of 1,000,000 examples, 1,024 a step": epoch(),
         "one sequence of so many tokens": lengthening(model, options.rounds),
-        "effective batch": stepping(model, rows, options.rounds),
+        "effective batch": stepping(model, options.rounds),
     }
     publish(figures, options.out, transformers)
     if options.plot:

@@ -479,17 +479,8 @@ class Accumulator:
                 if is_shaped:
                     in_any_shape(moved)
                 with ranks.micro(), running(inputs, moved):
-                    loss = window.losses[i](model, moved)
-                    if window.weights is None or window.totals is None:
-                        part, weight = sum_and_weight(loss, device)
-                        parts = [part]
-                        reported.append(weight)
-                    else:
-                        parts = shares(loss, window.weights[i], window.totals)
-                    # Autocast is for forwards; its documentation advises against it in backward.
-                    with torch.autocast(device.type, enabled=False):
-                        self._backward(sum(parts[1:], parts[0]))
-                losses.append(torch.stack([part.detach().to(device) for part in parts]))
+                    parts = self._run_micro(window, i, moved, device, reported)
+                losses.append(torch.stack([part.to(device) for part in parts]))
                 ran.append(i)
             if self._after_micro is not None:
                 self._after_micro(micro)
@@ -499,6 +490,25 @@ class Accumulator:
                 with torch.autocast(device.type, enabled=False):
                     self._backward(loss)
         return tuple(ran), losses, reported
+
+    def _run_micro(
+        self, window: Window, i: int, inputs: Any, device: torch.device, reported: list[Tensor]
+    ) -> list[Tensor]:
+        """Run one micro-batch; return its shares of the loss by term, and nothing of the graph.
+
+        The graph goes while it is still in the caches, not in the forward that follows.
+        """
+        loss = window.losses[i](module_of(self.model), inputs)
+        if window.weights is None or window.totals is None:
+            part, weight = sum_and_weight(loss, device)
+            parts = [part]
+            reported.append(weight)
+        else:
+            parts = shares(loss, window.weights[i], window.totals)
+        # Autocast is for forwards; its documentation advises against it in backward.
+        with torch.autocast(device.type, enabled=False):
+            self._backward(sum(parts[1:], parts[0]))
+        return [part.detach() for part in parts]
 
     def _filler(self, window: Window) -> Any:
         """Return the inputs of the smallest micro-batch that has a weight, None without one."""
