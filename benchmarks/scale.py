@@ -2,11 +2,11 @@
 
 A step: rows of 128 bytes of the standard library's functions, a small model of bytes, effective
 batches from 32 to 8,192; milliseconds a thousand trained tokens and the peak of tensors beyond the
-model. The machine's speed drifts within minutes by more than what is looked for, so each turn of a
-size runs between two turns of the smallest, whose mean it is compared with; the median of these
-ratios, and the least and the most. Smaller batches take several steps in their turn.
+model. The machine's speed drifts within seconds by more than what is looked for, so that steps of
+the smallest size are taken between the micro-batches of the others, and compared with them: the
+median of these ratios, the least and the most. Smaller batches take several steps in their turn.
 
-    python benchmarks/scale.py --rounds 7 --out benchmarks/results/scale.json --plot docs/scale.png
+    python benchmarks/scale.py --rounds 5 --out benchmarks/results/scale.json --plot docs/scale.png
 """
 
 import argparse
@@ -40,33 +40,52 @@ def small():
     return LlamaForCausalLM(config).train()
 
 
-def stepping(model, rounds):
-    """Return the cost of a trained token at each size, and the peak of tensors."""
-    accumulator = gradaccum.Accumulator(model, gradaccum.causal_lm(), budget=BUDGET)
+def stepping(rounds):
+    """Return the cost of a trained token beside that in steps of the smallest size, and the peak.
+
+    While a step runs, every so many examples another model takes a step of the smallest size.
+    """
     texts = ["".join(pair.values()).encode() for pair in embedded.functions(4500)]
     # All tokens are trained, so that the largest micro-batches of all sizes have as many logits.
     rows = [list(text[i : i + 128]) for text in texts for i in range(0, len(text) - 127, 128)]
     most = [{"input_ids": row, "labels": row} for row in rows[: SIZES[-1]]]
     assert len(most) == SIZES[-1]
+    base = SIZES[0]
+    beside = gradaccum.Accumulator(small(), gradaccum.causal_lm(), budget=BUDGET)
+    num, costs_beside = 0, []
 
-    def turn(size):
-        begin, weight = time.perf_counter(), 0.0
-        for start in range(0, max(TURN, size), size):
-            weight += accumulator.backward(most[start : start + size]).weight
-            model.zero_grad()
-        return 1e6 * (time.perf_counter() - begin) / weight
+    def step(accumulator, examples):
+        weight = accumulator.backward(examples).weight
+        accumulator.model.zero_grad()
+        return weight
 
-    base, *larger = SIZES
-    turn(base)
-    costs, ratios = {size: [] for size in SIZES}, {size: [] for size in larger}
+    def between(micro):
+        nonlocal num
+        num += len(micro.examples)
+        while num >= base:
+            num -= base
+            begin = time.perf_counter()
+            weight = step(beside, most[:base])
+            costs_beside.append((time.perf_counter() - begin, weight))
+
+    model = small()
+    accumulator = gradaccum.Accumulator(
+        model, gradaccum.causal_lm(), budget=BUDGET, after_micro=between
+    )
+    step(accumulator, most[:base])
+    costs, ratios = {size: [] for size in SIZES}, {size: [] for size in SIZES}
     for round_ in range(rounds):
-        costs[base].append(turn(base))
-        for size in larger if round_ % 2 else larger[::-1]:
-            costs[size].append(turn(size))
-            costs[base].append(turn(base))
-            around = statistics.mean(costs[base][-2:])
-            ratios[size].append(costs[size][-1] / around)
-            print(round_, size, round(costs[size][-1], 1), round(ratios[size][-1], 3), flush=True)
+        for size in SIZES if round_ % 2 else SIZES[::-1]:
+            costs_beside.clear()
+            begin = time.perf_counter()
+            starts = range(0, max(TURN, size), size)
+            weight = sum(step(accumulator, most[start : start + size]) for start in starts)
+            seconds = time.perf_counter() - begin
+            taken, weight_beside = map(sum, zip(*costs_beside, strict=True))
+            costs[size].append(1e6 * (seconds - taken) / weight)
+            ratios[size].append((seconds - taken) / weight / (taken / weight_beside))
+            print(round_, size, round(costs[size][-1], 1), round(ratios[size][-1], 4), flush=True)
+    accumulator = gradaccum.Accumulator(model, gradaccum.causal_lm(), budget=BUDGET)
     peaks = {}
     for size in SIZES:
         tracker = Tracker()
@@ -81,7 +100,7 @@ def stepping(model, rounds):
     return {
         size: {
             "ms_per_1000_trained_tokens": round(statistics.median(times), 2),
-            "times_that_of_32": [1.0] * 3 if size == base else with_spread(ratios[size]),
+            "times_that_of_32": with_spread(ratios[size]),
             "peak_tensor_mib": round(peaks[size] / 2**20, 1),
         }
         for size, times in costs.items()
@@ -187,7 +206,7 @@ def draw(figures, path):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out")
     parser.add_argument("--plot", help="draw the curves into this file")
     options = parser.parse_args()
@@ -196,7 +215,7 @@ def main():
         "split of 100,000 examples, 16,384 tokens": splitting(),
         "an epoch of 1,000,000 examples, 1,024 a step": epoch(),
         "one sequence of so many tokens": lengthening(model, options.rounds),
-        "effective batch": stepping(model, options.rounds),
+        "effective batch": stepping(options.rounds),
     }
     publish(figures, options.out, transformers)
     if options.plot:
