@@ -21,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import gradaccum
 from gradaccum.cli import embedded
-from gradaccum.memory.tracker import PARAMETERS, Tracker
+from gradaccum.memory.tracker import INPUTS, PARAMETERS, Tracker
 from gradaccum.packing.plan import SHARED
 from gradaccum.split import split
 
@@ -88,20 +88,22 @@ def stepping(rounds):
     accumulator = gradaccum.Accumulator(model, gradaccum.causal_lm(), budget=BUDGET)
     peaks = {}
     for size in SIZES:
-        tracker = Tracker()
-        tracker.follow(model, None, ())
+        tracker, window = Tracker(), accumulator.prepare(most[:size])
+        tracker.follow(model, None, window.inputs)
         try:
             with tracker:
-                accumulator.backward(most[:size])
+                accumulator.backward(window)
         finally:
             tracker.close()
-        peaks[size] = tracker.peak_bytes - tracker.peak[PARAMETERS]
+        inputs = tracker.peak[INPUTS]
+        peaks[size] = (tracker.peak_bytes - tracker.peak[PARAMETERS] - inputs, inputs)
         model.zero_grad()
     return {
         size: {
             "ms_per_1000_trained_tokens": round(statistics.median(times), 2),
             "times_that_of_32": with_spread(ratios[size]),
-            "peak_tensor_mib": round(peaks[size] / 2**20, 1),
+            "peak_tensor_mib": round(peaks[size][0] / 2**20, 1),
+            "inputs_mib": round(peaks[size][1] / 2**20, 1),
         }
         for size, times in costs.items()
     }
@@ -190,16 +192,21 @@ def draw(figures, path):
     time_.errorbar(sizes, middles, yerr=list(zip(*reach, strict=True)), marker="o", capsize=3)
     time_.set(title="time of a trained token", ylabel="times that of 32", ylim=(0, None))
     peaks = {size: row["peak_tensor_mib"] for size, row in steps.items()}
-    memory.plot(list(peaks), list(peaks.values()), marker="o")
-    memory.set(title="memory beyond the model", ylabel="MiB of tensors", ylim=(0, None))
+    inputs = [row["inputs_mib"] for row in steps.values()]
+    memory.plot(list(peaks), list(peaks.values()), marker="o", label="beyond the model")
+    memory.plot(list(peaks), inputs, marker="o", linestyle=":", label="inputs, on the host")
+    memory.set(title="memory", ylabel="MiB of tensors", ylim=(0, None))
+    memory.legend()
     for axes in (time_, memory):
         axes.set_xscale("log", base=2)
         axes.set(xlabel="effective batch, examples", xticks=sizes, xticklabels=sizes)
     found = figures["one sequence of so many tokens"]
+    found = {int(tokens): row for tokens, row in found.items()}
     length.plot(list(found), [row["seconds"] for row in found.values()], "o", label="measured")
     length.plot(list(found), [row["fitted"] for row in found.values()], label="a + bT + cT²")
     length.set(title="one long sequence", xlabel="tokens", ylabel="seconds", xscale="log")
-    length.set(yscale="log")
+    length.set(yscale="log", xticks=list(found), xticklabels=list(found))
+    length.minorticks_off()
     length.legend()
     figure.savefig(path, dpi=110)
 

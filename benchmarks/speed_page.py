@@ -1,4 +1,4 @@
-"""Write docs/speed.md and its picture from the results of `speed.py` and `classify.py`.
+"""Write docs/speed.md and its picture from results: of races, of `overhead.py` and `scale.py`.
 
 python benchmarks/speed_page.py
 """
@@ -70,6 +70,8 @@ def main():
         # There it was counted what Lightning had read ahead for the next step.
         wrong = ("lightning 2x16",) if name == "ragged" else ()
         parts += [_row(row) for row in figures["contenders"] if row["name"] not in wrong]
+    parts += _overhead(json.loads((RESULTS / "overhead.json").read_text()))
+    parts += _scale(json.loads((RESULTS / "scale.json").read_text()))
     (ROOT / "docs" / "speed.md").write_text("\n".join(parts).replace("\n\n\n", "\n\n") + "\n")
     _draw(found, ROOT / "docs" / "speed.png")
 
@@ -84,6 +86,51 @@ def _row(row):
         f"| {row['name']} | {seconds['median']:.2f} ({seconds['least']:.2f} to "
         f"{seconds['most']:.2f}) | {row['rate']['median']:,.0f} | {padding} | {memory} | "
         f"{speed['median']:.2f} | {'-' if error is None else f'{error:.1e}'} |"
+    )
+
+
+def _overhead(figures):
+    """Return the section on what the engine adds to a loop written by hand."""
+    yield (
+        "\n## What the engine adds to a loop written by hand, over the same micro-batches\n\n"
+        f"`{figures['command']}`: seconds of ours, times those of the loop; on rows of one length "
+        "there is no padding to save. In brackets the 95% interval of the median.\n\n"
+        "| workload | micro-batches | loop, ms each | ours, times it |\n|---|---|---|---|"
+    )
+    for name, row in figures["workloads"].items():
+        each = 1e3 * row["hand_written_seconds"] / row["micro_batches"]
+        low, high = row["ratio_interval"]
+        yield (
+            f"| {name} | {row['micro_batches']} | {each:.1f} | {row['ratio_median']:.3f} "
+            f"({low:.3f} to {high:.3f}) |"
+        )
+
+
+def _scale(figures):
+    """Return the section on how cost grows."""
+    yield (
+        f"\n## How it grows\n\n`{figures['command']}`: the time of a trained token, times that in "
+        "steps of 32 which run in between.\n\n![Time and memory by the effective batch, and time "
+        "by the length of a sequence](scale.png)\n\n"
+        "| effective batch | a trained token, times | memory beyond the model, MiB | inputs, MiB |\n"
+        "|---|---|---|---|"
+    )
+    for size, row in figures["effective batch"].items():
+        middle, least, most = row["times_that_of_32"]
+        yield (
+            f"| {int(size):,} | {middle:.3f} ({least} to {most}) | {row['peak_tensor_mib']} | "
+            f"{row['inputs_mib']} |"
+        )
+    epoch = figures["an epoch of 1,000,000 examples, 1,024 a step"]
+    cuts = ", ".join(
+        f"{row['seconds']} s ({kind})"
+        for kind, row in figures["split of 100,000 examples, 16,384 tokens"].items()
+    )
+    yield (
+        f"\nAn epoch of a million examples in {epoch['steps']} steps is drawn and shared out over "
+        f"8 ranks in {epoch['seconds_to_draw_and_share_out_over_8_ranks']} s, and a rank cuts its "
+        f"share of it in {epoch['seconds_to_cut_the_shares_of_a_rank']} s. 100,000 examples are "
+        f"cut at once in {cuts}."
     )
 
 

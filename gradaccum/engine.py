@@ -165,7 +165,6 @@ class Accumulator:
         self._sync = sync
         self._last: Step | None = None
         self._running: Micro | None = None
-        self._rate = 0.0  # useful size a second, in the last step
         self._ranks: Alone | None = None
         self._hearing: Hearing | None = None  # of the step that is being prepared
         self._is_first = True  # step of these ranks, in which they compare their examples
@@ -209,7 +208,7 @@ class Accumulator:
 
         def exchange(message: Message, num_runs: int = len(micros)) -> list[Message]:
             is_own = hearing.ranks.restarts_alone  # else the time of a window is that of all
-            rate = self._rate if is_own else 0.0
+            rate = self._rate() if is_own and hearing.ranks.world > 1 else 0.0
             own = {"share": share, "num_runs": num_runs, "rate": rate}
             if self._is_first and hearing.ranks.world > 1:
                 own["examples"] = digest(inputs)
@@ -288,7 +287,6 @@ class Accumulator:
         """
         ranks = self.ranks
         try:
-            self._warn_of_last()
             past, recoveries = Past(self.model, largest=KEPT), list[Recovery]()
         except Exception as error:
             ranks.fail(error)
@@ -298,6 +296,7 @@ class Accumulator:
             said, is_first = "", True
             try:
                 step = self._attempt(batch, hearing)
+                self._warn_of_last()  # only now: the device has work again
                 self._last = dataclasses.replace(step, recoveries=tuple(recoveries))
                 self._is_first = False
                 return self._last
@@ -516,12 +515,14 @@ class Accumulator:
         pairs = zip(window.inputs, weights, strict=True)
         return next((x for x, weight in reversed(list(pairs)) if any(weight.values())), None)
 
+    def _rate(self) -> float:
+        """Return the useful size a second of the last step, once the device is done with it."""
+        useful = self._last.shares[self._last.rank].useful if self._last is not None else 0
+        return useful / max(self._last.seconds, 1e-9) if self._last is not None else 0.0
+
     def _warn_of_last(self) -> None:
-        """Warn if the last step's loss was not finite; by now the device has long computed it."""
-        step, self._last = self._last, None
-        if step is not None and step.shares[step.rank].useful:
-            self._rate = step.shares[step.rank].useful / max(step.seconds, 1e-9)
-        for micro in step.nonfinite if step is not None else ():
+        """Warn if the loss of the step before this one was not finite."""
+        for micro in self._last.nonfinite if self._last is not None else ():
             warnings.warn(
                 f"the loss of the last step was not finite: examples {list(micro.examples)} of "
                 f"the effective batch, a micro-batch of size {micro.size:,}",
