@@ -112,7 +112,7 @@ def _scale(figures):
         f"\n## How it grows\n\n`{figures['command']}`: the time of a trained token, times that in "
         "steps of 32 which run in between.\n\n![Time and memory by the effective batch, and time "
         "by the length of a sequence](scale.png)\n\n"
-        "| effective batch | a trained token, times | memory beyond the model, MiB | inputs, MiB |\n"
+        "| effective batch | a trained token, times | beyond the model, MiB | inputs, MiB |\n"
         "|---|---|---|---|"
     )
     for size, row in figures["effective batch"].items():

@@ -296,7 +296,6 @@ class Accumulator:
             said, is_first = "", True
             try:
                 step = self._attempt(batch, hearing)
-                self._warn_of_last()  # only now: the device has work again
                 self._last = dataclasses.replace(step, recoveries=tuple(recoveries))
                 self._is_first = False
                 return self._last
@@ -398,6 +397,7 @@ class Accumulator:
             with attention:
                 ran, losses, reported = self._run(window, device, ranks, num_fillers)
             took = stop()
+            self._warn_of_last()  # only now: it waits for that step, and the device has work again
             losses = torch.stack(losses) if losses else torch.zeros(0, len(names), device=device)
             # What is left to do takes no part of the batch.
             self._running = window.micros[0] if window.micros else None
@@ -526,7 +526,7 @@ class Accumulator:
             warnings.warn(
                 f"the loss of the last step was not finite: examples {list(micro.examples)} of "
                 f"the effective batch, a micro-batch of size {micro.size:,}",
-                stacklevel=3,
+                stacklevel=4,
             )
 
 

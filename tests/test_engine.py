@@ -5,6 +5,7 @@ import functools
 import math
 import random
 import warnings
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -19,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 import gradaccum
 from gradaccum import device as device_memory
 from gradaccum.errors import BadInput, CountMismatch, NotDecomposable
+from gradaccum.types import Step
 from tests import oracle
 from tests.models import CausalLM, collated, examples, model, oracle_loss
 
@@ -307,6 +309,42 @@ def test_a_loss_that_is_not_finite_is_named():
     net.zero_grad()
     with pytest.warns(UserWarning, match=r"last step was not finite: examples \[2\]"):
         accumulator.backward(batch)
+
+
+def test_the_last_step_is_waited_for_when_all_of_the_next_is_queued(monkeypatch):
+    events = []
+    wait = lambda step: events.append("wait") or []  # noqa: E731
+    monkeypatch.setattr(Step, "nonfinite", property(wait))
+    objective = gradaccum.Objective(
+        lambda net, m: events.append("run") or net(m["x"]).sum(), lambda m: len(m["x"])
+    )
+    collate = lambda rows: events.append("collate") or {"x": torch.stack(rows)}  # noqa: E731
+    net = nn.Linear(2, 1)
+    accumulator = gradaccum.Accumulator(net, objective, budget=Budget(examples=1), collate=collate)
+    for _ in range(2):
+        accumulator.backward([torch.ones(2), torch.ones(2)])
+        net.zero_grad()
+    window = ["collate", "collate", "run", "run"]
+    assert events == [*window, *window, "wait"]
+
+
+def test_nothing_of_a_micro_batch_is_held_once_it_has_run():
+    losses = []
+
+    def loss(net, micro):
+        found = net(micro["x"]).square().sum()
+        losses.append(weakref.ref(found))
+        return found
+
+    accumulator = gradaccum.Accumulator(
+        nn.Linear(2, 1),
+        gradaccum.Objective(loss, lambda m: len(m["x"])),
+        budget=Budget(examples=1),
+        after_micro=lambda _: held.append(losses[-1]()),
+    )
+    held = []
+    accumulator.backward({"x": torch.ones(3, 2)})
+    assert held == [None] * 3
 
 
 def test_gradients_of_an_unfinished_step_are_detected():

@@ -180,7 +180,7 @@ def alone(accumulator: Accumulator) -> Accumulator:
     """Return an accumulator of the same model that counts nothing and tells nobody."""
     engine = copy.copy(accumulator)
     engine.objective, engine.limit = unweighted(accumulator.objective), None
-    engine._after_micro = None
+    engine._after_micro = engine._last = None
     return engine
 
 
