@@ -12,7 +12,6 @@ VOCAB = 64
 
 def llama(seed: int = 0, **kwargs) -> LlamaForCausalLM:
     config = LlamaConfig(
-        vocab_size=VOCAB,
         hidden_size=16,
         intermediate_size=24,
         num_hidden_layers=2,
@@ -21,7 +20,8 @@ def llama(seed: int = 0, **kwargs) -> LlamaForCausalLM:
         pad_token_id=0,
         bos_token_id=1,
         eos_token_id=1,
-        **{"tie_word_embeddings": True, "max_position_embeddings": 128} | kwargs,
+        **{"vocab_size": VOCAB, "tie_word_embeddings": True, "max_position_embeddings": 128}
+        | kwargs,
     )
     torch.manual_seed(seed)
     net = LlamaForCausalLM(config)
