@@ -650,14 +650,15 @@ def test_the_state_of_an_optimizer_is_made_and_counted(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("fastest", "said", "expected"),
+    ("fastest", "beyond", "said", "expected"),
     [
-        (16, 128, (0, 32)), (64, 128, (0, 64)), (128, 128, (0, 128)), (1024, 128, (0, 128)),
-        (16, 8, (16, sys.maxsize)), (8, 8, (0, sys.maxsize)), (16, 32, (0, sys.maxsize)),
-        (16, 12, (0, sys.maxsize)),
+        (16, 1, 128, (0, 32)), (64, 1, 128, (0, 64)), (128, 1, 128, (0, 128)),
+        (1024, 1, 128, (0, 128)), (64, 0, 128, (0, 64)),
+        (16, 1, 8, (16, sys.maxsize)), (8, 1, 8, (0, sys.maxsize)), (16, 1, 32, (0, sys.maxsize)),
+        (16, 1, 12, (0, sys.maxsize)),
     ],
 )  # fmt: skip
-def test_what_a_line_says_is_tried(monkeypatch, fastest, said, expected):
+def test_what_a_line_says_is_tried(monkeypatch, fastest, beyond, said, expected):
     """A line through short micro-batches says that more is always better; caches end."""
     engine = gradaccum.engine.Accumulator(
         models.model(), gradaccum.causal_lm(), budget=Budget(tokens=8)
@@ -668,7 +669,7 @@ def test_what_a_line_says_is_tried(monkeypatch, fastest, said, expected):
     def attempt(self, window):
         tokens = window.micros[0].size
         ran.append(tokens)
-        per_token = 1 / min(tokens, fastest) + max(0, tokens - fastest)
+        per_token = 1 / min(tokens, fastest) + beyond * max(0, tokens - fastest)
         return SimpleNamespace(seconds=tokens * per_token)
 
     monkeypatch.setattr(gradaccum.engine.Accumulator, "attempt", attempt)

@@ -104,7 +104,7 @@ def within(
     """Return from and up to how many tokens micro-batches are fast, and how many were run for it.
 
     What a line says is best is timed against what a few hundred tokens (some thousands on an
-    accelerator) take: more have to be faster, fewer no slower.
+    accelerator) take: fewer have to be no slower; and more are doubled while that is faster.
 
     Args:
         accumulator: Is left as it is.
@@ -125,14 +125,14 @@ def within(
     if 2 * said <= few:
         (least, middle), num = compared(said, few)
         return (few if middle * AS_FAST < least else 0), sys.maxsize, num
-    most = 2 * few
+    most, best = 2 * few, 1.0  # times what a few take
     while most < min(said, total):
         larger = min(2 * most, said)
         (seconds, middle), more = compared(larger, few)
         num += more
-        if not seconds * AS_FAST < middle:
+        if not seconds * AS_FAST < best * middle:
             return 0, most, num
-        most = larger
+        most, best = larger, seconds / middle
     return 0, most if num else sys.maxsize, num
 
 
