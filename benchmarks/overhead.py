@@ -1,8 +1,8 @@
 """Time `Accumulator.backward` against a hand-written loop over the very same micro-batches.
 
-After each micro-batch of the accumulator, the loop runs the same one on a copy of the model, since a
-machine that others use as well changes its speed within seconds. Both collate in the time that is
-taken. The loop gets its micro-batches cut and its count for nothing; the accumulator cuts and
+After each micro-batch of the accumulator, the loop runs the same one on a copy of the model, since
+a machine that others use as well changes its speed within seconds. Both collate in the time that
+is taken. The loop gets its micro-batches cut and its count for nothing; the accumulator cuts and
 counts. The median over effective batches of the ratio of all that ours takes to all that the loop
 takes, and its 95% interval.
 

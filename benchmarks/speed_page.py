@@ -99,11 +99,10 @@ def _overhead(figures):
         "| workload | micro-batches | loop, ms each | ours, times it |\n|---|---|---|---|"
     )
     for name, row in figures["workloads"].items():
+        num, each = row["micro_batches"], row["hand_written_milliseconds_each"]
         low, high = row["ratio_interval"]
-        yield (
-            f"| {name} | {row['micro_batches']} | {row['hand_written_milliseconds_each']:.1f} | {row['ratio_median']:.3f} "
-            f"({low:.3f} to {high:.3f}) |"
-        )
+        ratio = f"{row['ratio_median']:.3f} ({low:.3f} to {high:.3f})"
+        yield f"| {name} | {num} | {each:.1f} | {ratio} |"
 
 
 def _scale(figures):
