@@ -8,7 +8,6 @@ Shapes: B rows, T tokens, N trained tokens, D hidden, V vocabulary; X is D or V.
 
 import weakref
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -138,16 +137,14 @@ def _let_through(model: nn.Module, head: nn.Module, given: dict[str, Any]) -> Te
     the model then returns as logits has to be just that. It is compared once: that may wait for
     the device.
     """
-    is_eager = not is_compiled(model)
-    if model in _PLAIN and not is_eager:
+    if model in _PLAIN and is_compiled(model):
         with having(head, _through):
             hidden = _logits(model(**given))
         # Models may widen their logits, which a head does not take; of one in 4 bits nothing tells.
         wanted = [p.dtype for p in head.parameters() if p.is_floating_point()]
         return hidden.to(wanted[0]) if wanted else hidden
     passed: list[Tensor] = []
-    stance = nullcontext() if is_eager else uncompiled(model)
-    with stance, having(head, lambda hidden: passed.append(hidden) or hidden):
+    with uncompiled(model), having(head, lambda hidden: passed.append(hidden) or hidden):
         logits = _logits(model(**given))
     is_same = len(passed) == 1 and (
         logits is passed[0]
