@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -121,11 +122,16 @@ def test_no_worker_is_left_after_an_interrupt():
         pids.append(process.pid)
         return process
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(subprocess, "Popen", started)
-        begin = time.monotonic()
-        with pytest.raises(KeyboardInterrupt):
-            race([contender("a"), contender("b", hangs=1)], rounds=9, steps=1)
+    # A shell starts what runs in its background deaf to interrupts: the race would wait forever.
+    as_was = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(subprocess, "Popen", started)
+            begin = time.monotonic()
+            with pytest.raises(KeyboardInterrupt):
+                race([contender("a"), contender("b", hangs=1)], rounds=9, steps=1)
+    finally:
+        signal.signal(signal.SIGINT, as_was)
     assert time.monotonic() - begin < 10
     assert len(pids) == 2 and all(map(has_ended, pids))
 
@@ -241,7 +247,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_wrong_flags_exit_with_2_before_any_work(name, capfd, monkeypatch):
+def test_wrong_flags_exit_with_2_as_wasany_work(name, capfd, monkeypatch):
     words, message = WRONG[name]
     monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("a worker was started"))
     assert main(["bench", *words]) == 2
