@@ -398,7 +398,8 @@ class Accumulator:
                 ran, losses, reported = self._run(window, device, ranks, num_fillers)
             took = stop()
             self._warn_of_last()  # only now: it waits for that step, and the device has work again
-            losses = torch.stack(losses) if losses else torch.zeros(0, len(names), device=device)
+            losses = torch.stack(losses) if losses else torch.zeros(0, device=device)
+            losses = losses.view(-1, len(names))
             # What is left to do takes no part of the batch.
             self._running = window.micros[0] if window.micros else None
             used, shares = _ended(parameters, ranks, window.share)
@@ -460,7 +461,7 @@ class Accumulator:
         """Run every micro-batch forward and backward.
 
         Returns:
-            Which micro-batches ran; their shares of the loss, each of shape (terms,), on the
+            Which micro-batches ran; their shares of the loss by term, one after the other, on the
             device; the weights that the losses reported.
         """
         model = module_of(self.model)
@@ -478,8 +479,7 @@ class Accumulator:
                 if is_shaped:
                     in_any_shape(moved)
                 with ranks.micro(), running(inputs, moved):
-                    parts = self._run_micro(window, i, moved, device, reported)
-                losses.append(torch.stack([part.to(device) for part in parts]))
+                    losses += self._run_micro(window, i, moved, device, reported)
                 ran.append(i)
             if self._after_micro is not None:
                 self._after_micro(micro)
@@ -507,7 +507,7 @@ class Accumulator:
         # Autocast is for forwards; its documentation advises against it in backward.
         with torch.autocast(device.type, enabled=False):
             self._backward(sum(parts[1:], parts[0]))
-        return [part.detach() for part in parts]
+        return [part.detach().to(device) for part in parts]
 
     def _filler(self, window: Window) -> Any:
         """Return the inputs of the smallest micro-batch that has a weight, None without one."""
