@@ -4,8 +4,9 @@ After each micro-batch of the accumulator, the loop runs the same one on a copy 
 a machine that others use as well changes its speed within seconds. In every other round they change
 models, since where one lies in memory can count for more than the difference. Both collate in the
 time that is taken. The loop gets its micro-batches cut and its count for nothing; the accumulator
-cuts and counts. The median over effective batches of the ratio of all that ours takes to all that
-the loop takes, and its 95% interval. The loop against itself shows what the measure is good for.
+cuts and counts. The ratio is that of all that ours takes to all that the loop takes, the geometric
+mean of two rounds; of these the median and its 95% interval. The loop against itself shows what the
+measure is good for.
 
 The same loops also run a model that costs next to nothing, where what the engine adds to a
 micro-batch can be seen.
@@ -81,6 +82,7 @@ def measure(net, batch, budget, rounds, contender=gradaccum.Accumulator):
             ratios.append(took / sum(hand))
             each.append(sum(hand) / len(hand))
             added.append((took - sum(hand)) / len(hand))
+    ratios = [(one * other) ** 0.5 for one, other in zip(ratios[::2], ratios[1::2], strict=True)]
     begin = time.perf_counter()
     gradaccum.Accumulator(net, objective, budget=budget).prepare(batch)
     return {

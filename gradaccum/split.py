@@ -1,7 +1,6 @@
 """Cut an effective batch into micro-batches under a budget. Pure and deterministic."""
 
 from bisect import bisect_right
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from typing import Any
@@ -9,7 +8,7 @@ from typing import Any
 from gradaccum.batch import HostBatch
 from gradaccum.errors import BadInput
 from gradaccum.objective import Objective
-from gradaccum.packing.plan import NOTHING_SHARED, key, num_alike
+from gradaccum.packing.plan import NOTHING_SHARED, by_beginning
 from gradaccum.types import Budget, Micro
 
 TRIES = 12  # to even out: the bound is then within 1 / 4,096 of the smallest
@@ -142,29 +141,22 @@ def _alike(
         What each costs, the first of joined ones with all the others; the joined ones, by the first
         of them.
     """
-    examples = list(batch)
-    begins = [tuple(_ids(example, shared)) for example in examples]
-    num = Counter(begins)
-    maybe = [i for i, begin in enumerate(begins) if len(begin) == shared and num[begin] > 1]
-    keys = {i: key(_ids(examples[i])) for i in maybe}
-    costs, joined = list(sizes), dict[int, list[int]]()
-    before, first = b"", -1
-    for i in sorted(maybe, key=keys.__getitem__):
-        alike, before = min(num_alike(before, keys[i]), sizes[i]), keys[i]
-        more = sizes[i] - alike
+    costs, joined, first = list(sizes), dict[int, list[int]](), -1
+    for i, alike in zip(*by_beginning([_ids(example) for example in batch]), strict=True):
+        more = sizes[i] - min(alike, sizes[i])
         fits = first >= 0 and (tokens is None or costs[first] + more <= tokens)
-        if alike >= shared and fits and len(joined[first]) < most:
+        if alike >= shared and fits and len(joined.get(first, "1")) < most:
             costs[first] += more
-            joined[first].append(i)
+            joined.setdefault(first, [first]).append(i)
         else:
-            first, joined[i] = i, [i]
+            first = i
     return costs, joined
 
 
-def _ids(example: Any, num: int | None = None) -> Sequence[int]:
-    """Return the first tokens of an example, none where there are no such."""
+def _ids(example: Any) -> Sequence[int]:
+    """Return the tokens of an example, none where there are no such."""
     ids: Any = example.get("input_ids") if isinstance(example, Mapping) else None
     if not isinstance(ids, (list, tuple)) and getattr(ids, "ndim", 0) != 1:
         return ()
-    ids = ids[:num] if isinstance(ids, (list, tuple)) else ids[:num].tolist()
+    ids = ids if isinstance(ids, (list, tuple)) else ids.tolist()
     return ids if ids and isinstance(ids[0], int) else ()

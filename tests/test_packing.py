@@ -48,7 +48,7 @@ from gradaccum.memory.layout import find_layout, packed_of
 from gradaccum.memory.probe import in_turns
 from gradaccum.packing import attention, backbone
 from gradaccum.packing.backbone import Packed
-from gradaccum.packing.plan import SHARED, Segment, plan
+from gradaccum.packing.plan import SHARED, Segment, by_beginning, plan
 from gradaccum.padding import pad_collate
 from gradaccum.split import split
 from tests import models, oracle
@@ -57,14 +57,32 @@ from tests.hf_models import llama
 tokens = st.lists(st.integers(1, 2), min_size=1, max_size=9)
 
 
+def num_alike(one, other):
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
+
+
 def trie(rows, shared):
     """Return how many tokens run: of common beginnings of at least `shared` tokens, each once."""
     rows, total = sorted(rows), 0
     for before, row in zip([[], *rows], rows, strict=False):
-        alike = next((i for i, (a, b) in enumerate(zip(before, row, strict=False)) if a != b),
-                     min(len(before), len(row)))  # fmt: skip
+        alike = num_alike(before, row)
         total += len(row) - (alike if alike >= shared else 0)
     return total
+
+
+runs = st.sampled_from([[1], [2] * SHARED, [2] * (SHARED - 1) + [3], [4] * 3 * SHARED])
+long_rows = st.lists(runs, max_size=6).map(lambda parts: [x for part in parts for x in part])
+
+
+@settings(max_examples=500, deadline=None, derandomize=True)
+@given(st.lists(long_rows, max_size=12))
+def test_rows_that_begin_alike_lie_together(rows):
+    order, alike = by_beginning(rows)
+    found = [rows[i] for i in order]
+    assert sorted(order) == list(range(len(rows)))
+    assert alike == [num_alike(a, b) for a, b in zip([[], *found], found, strict=False)]
+    assert found == sorted(rows)  # of numbers of one byte
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)

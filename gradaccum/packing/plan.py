@@ -16,7 +16,6 @@ import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -120,12 +119,52 @@ def plan(ids_BT: Tensor, mask_BT: Tensor | None, *, shared: int = SHARED) -> Pla
     return found if 0 < found.num_tokens < num_rows * width else None
 
 
-def key(ids: Sequence[int]) -> bytes:
+def by_beginning(rows: Sequence[Sequence[int]]) -> tuple[list[int], list[int]]:
+    """Order rows so that those that begin alike lie together.
+
+    Only what some begin with alike is looked at, and `SHARED` tokens more of each.
+
+    Returns:
+        The rows, and how many tokens each begins with alike with the one before it.
+
+    Example:
+        >>> by_beginning([[5, 6, 7], [4], [5, 6]])
+        ([1, 2, 0], [0, 0, 2])
+    """
+    order, alike = list(range(len(rows))), [0] * len(rows)
+    todo = [(0, len(rows), 0)] if rows else []  # places from where to where, the same up to there
+    while todo:
+        low, high, same = todo.pop()
+        group = order[low:high]
+        common = rows[group[0]][same:]
+        for i in group:
+            other = rows[i][same : same + len(common)]
+            if other != common:
+                common = common[: _num_alike(_key(other), _key(common))]
+        same += len(common)
+        heads = {i: _key(rows[i][same : same + SHARED]) for i in group}
+        group.sort(key=heads.__getitem__)
+        order[low:high] = group
+        begin, before = low, heads[group[0]]
+        for place in range(low + 1, high + 1):
+            head = heads[order[place]] if place < high else None
+            if head == before:
+                alike[place] = same  # and more, if they are not the same to their ends
+                continue
+            if 1 < place - begin < high - low:
+                todo.append((begin, place, same))
+            if head is not None:
+                alike[place] = same + _num_alike(before, head)
+                begin, before = place, head
+    return order, alike
+
+
+def _key(ids: Sequence[int]) -> bytes:
     """Return tokens as bytes, by which many rows are sorted and compared in little time."""
     return struct.pack(f"{len(ids)}i", *ids)
 
 
-def num_alike(one: bytes, other: bytes) -> int:
+def _num_alike(one: bytes, other: bytes) -> int:
     """Return how many tokens two keys begin with alike."""
     num = min(len(one), len(other))
     differ = int.from_bytes(one[:num], "big") ^ int.from_bytes(other[:num], "big")
@@ -143,12 +182,12 @@ class _Packer:
 
     def __init__(self, runs: list[tuple[int, list[int]]], width: int, shared: int) -> None:
         self._runs, self._width, self._shared = runs, width, shared
-        keys = [(begin, key(tokens)) for begin, tokens in runs]
-        self._order = sorted(range(len(keys)), key=keys.__getitem__)
-        found = [keys[i] for i in self._order]
-        self._alike = [
-            0, *(num_alike(a, b) if x == y else 0 for (x, a), (y, b) in pairwise(found)),
-        ]  # fmt: skip
+        self._order, self._alike = list[int](), list[int]()
+        for at in sorted({begin for begin, _ in runs}):  # from other columns: other positions
+            rows = [i for i, (begin, _) in enumerate(runs) if begin == at]
+            order, alike = by_beginning([runs[i][1] for i in rows])
+            self._order += [rows[i] for i in order]
+            self._alike += alike
         self._source: list[Tensor] = []
         self._position: list[Tensor] = []
         self._segments: list[Segment] = []
