@@ -390,7 +390,7 @@ class Accumulator:
         stop, graphs = device_memory.stopwatch(device), num_graphs()
         names = tuple(window.totals or ("loss",))
         attention = nullcontext()
-        if _is_ragged(window.micros):
+        if self.layout is not None or _is_ragged(window.micros):
             attention = device_memory.attending_any_shape(device)
         with accumulating(parameters, self._accumulate_dtype, self._grad_dtype):
             num_fillers = ranks.begin(parameters, [said["num_runs"] for said in heard])

@@ -1,9 +1,11 @@
 """SFT's loss without its metrics: the same steps, and the same metrics where they are logged."""
 
 import pytest
+import torch
 from trl import SFTTrainer
 
 from tests import oracle
+from tests.hf_models import llama
 from tests.trainers import build, logged, same
 
 KEYS = ("entropy", "mean_token_accuracy", "num_tokens")
@@ -50,6 +52,16 @@ def test_logged_at_each_step_it_is_the_trainers_own(tmp_path, monkeypatch):
     ours.train()
     assert set(seen) == {1, 2, 3, 4, 5, 6}
     same(ours, theirs, record, theirs_record)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_in_16_bits_too(tmp_path, autocast):
+    """TRL's head rounds otherwise than torch's product, by no more than 16 bits do."""
+    net = llama(initializer_range=0.2).to(torch.float32 if autocast else torch.bfloat16)
+    settings = {"logging_steps": 4, "bf16": autocast, **EIGHT}
+    ours, _ = build(tmp_path, "sft", attach={}, model=net, **settings)
+    ours.train()
+    assert ours._is_plain
 
 
 @pytest.mark.parametrize("settings", [{"loss_type": "dft"}, {"label_smoothing_factor": 0.1}])

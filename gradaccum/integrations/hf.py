@@ -355,7 +355,7 @@ class Attached(Evaluated, Saved):
         given = None
         if count is not None:  # whole, as training passes it, so that it is compiled once
             whole = int(count) if float(count).is_integer() else count
-            given = torch.tensor(whole, device=self.args.device)
+            given = torch.full((), whole, device=self.args.device)  # without waiting for it
         return self._loss(model, copy.copy(inputs), given)  # a copy: compute_loss pops from it
 
     def _ready(self, inputs: Any) -> Any:

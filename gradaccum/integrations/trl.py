@@ -27,7 +27,7 @@ from gradaccum.causal import TRAINED, causal_lm
 from gradaccum.device import is_out_of_memory
 from gradaccum.engine import Window
 from gradaccum.integrations.accumulation import Examples
-from gradaccum.integrations.hf import Attached
+from gradaccum.integrations.hf import COMPUTED, Attached
 from gradaccum.integrations.swap import replaced
 from gradaccum.memory.layout import SAMPLE, different
 from gradaccum.objective import length, shifted_tokens
@@ -212,7 +212,8 @@ class AttachedSFT(AttachedTRL):
                 return f"it fails ({error})"
         if abs(plain - value) > 1e-3 * abs(value):
             return f"the loss is {plain} and not {value}"
-        return different(unwrapped, found, expected, turned)
+        computed = COMPUTED.get(self.accelerator.mixed_precision)
+        return different(unwrapped, found, expected, [turned], computed)
 
 
 class AttachedKTO(AttachedTRL, KTOTrainer):

@@ -20,8 +20,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from gradaccum.compiled import is_compiled
 from gradaccum.modules import having
-from gradaccum.packing.attention import Unpackable, attend
+from gradaccum.packing.attention import Attention, Unpackable
 from gradaccum.packing.plan import NOTHING_SHARED, SHARED, Plan, plan
+from gradaccum.trees import to_device
 
 logger = logging.getLogger(__name__)
 NAME = "gradaccum_packed"  # of our attention, in the registry of transformers
@@ -45,6 +46,7 @@ class Packed:
         self.encoder = _encoder(self.body) if sees_all else None
         self.shared: int | None = NOTHING_SHARED if sees_all else shared  # None: given up
         self.num_run = 0  # tokens that ran packed so far
+        self.dtype: torch.dtype | None = None  # of the values that attention was given last
 
     @contextmanager
     def running(self, inputs: Any, moved: Any) -> Iterator[None]:
@@ -67,6 +69,17 @@ class Packed:
         finally:
             self.body.config._attn_implementation = attention
 
+    @contextmanager
+    def by_another_kernel(self) -> Iterator[None]:
+        """Run attention of padded micro-batches inside as the model would not by itself."""
+        config = self.body.config
+        attention = config._attn_implementation
+        config._attn_implementation = "sdpa" if attention == "eager" else "eager"
+        try:
+            yield
+        finally:
+            config._attn_implementation = attention
+
 
 class _Run:
     """Hold what one micro-batch runs by.
@@ -84,6 +97,7 @@ class _Run:
     ) -> None:
         self._packed, self._plan, self._inner = packed, plan, inner
         self._ids_BT, self._moved_BT = ids_BT, moved_BT
+        self._attention = Attention(plan.segments)
 
     def forward(self, *args: Any, **given: Any) -> Any:
         """Run the body packed if it is given what was planned, else as it is."""
@@ -104,7 +118,8 @@ class _Run:
         """Run all of the body packed."""
         if given.get("token_type_ids") is not None:
             raise Unpackable("the body is given token_type_ids")
-        source, position = self._on(given["input_ids"], self._plan.source_S, self._plan.position_S)
+        indices = self._plan.source_S, self._plan.position_S
+        source, position = to_device(indices, given["input_ids"].device)
         packed = {
             "input_ids": given["input_ids"].flatten().index_select(0, source)[None],
             "attention_mask": None,
@@ -124,7 +139,7 @@ class _Run:
         def forward(hidden_states: Tensor, attention_mask: Any = None, **others: Any) -> Any:
             if hidden_states.shape[:2] != self._plan.shape or not _is_plain(others):
                 raise Unpackable("the encoder is given more than the tokens of the body")
-            (source,) = self._on(hidden_states, self._plan.source_S)
+            source = to_device(self._plan.source_S, hidden_states.device)
             packed = hidden_states.flatten(0, 1).index_select(0, source)[None]
             with self._attending():
                 found = inner(packed, attention_mask=None, **others)
@@ -152,15 +167,10 @@ class _Run:
         hidden_1SD: Tensor = found["last_hidden_state"]
         if hidden_1SD.requires_grad:  # gradient checkpointing runs its layers again, in backward
             hidden_1SD.register_hook(self._before_backward)
-        (target,) = self._on(hidden_1SD, self._plan.target_N)
+        target = to_device(self._plan.target_N, hidden_1SD.device)
         hidden_BTD = hidden_1SD[0].index_select(0, target).view(*self._plan.shape, -1)
         found["last_hidden_state"] = hidden_BTD
         return found
-
-    @staticmethod
-    def _on(there: Tensor, *indices: Tensor) -> tuple[Tensor, ...]:
-        """Return indices where a tensor is."""
-        return tuple(index.to(there.device, non_blocking=True) for index in indices)
 
     def attend(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **given: Any
@@ -168,7 +178,8 @@ class _Run:
         """Be the attention of the body, as transformers calls it."""
         if mask is not None or query.shape[2] != self._plan.num_tokens:
             raise Unpackable("the body makes an attention mask of its own")
-        return attend(self._plan.segments, module, query, key, value, **given), None
+        self._packed.dtype = value.dtype
+        return self._attention(module, query, key, value, **given), None
 
     def _before_backward(self, grad: Tensor) -> None:
         self._packed.body.config._attn_implementation = NAME
