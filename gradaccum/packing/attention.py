@@ -91,7 +91,7 @@ class Attention:
             query = query_1HSD[:, :, begin:end]
             key, value = (_seen(x, before, begin, end).to(dtype) for x in (key_1GSD, value_1GSD))
             if is_grouped and query.is_cuda:  # few kernels take grouped heads there
-                key, value = (_ungrouped(x, query.shape[1], 1) for x in (key, value))
+                key, value = (_ungrouped(x, query.shape[1]) for x in (key, value))
             num, num_seen = end - begin, key.shape[2]
             is_plain = num == num_seen and window is None
             mask = None if is_plain else self._mask(num, num_seen, window, query.device)
@@ -141,7 +141,7 @@ class Attention:
             if "enable_gqa" in inspect.signature(kernel).parameters:  # not in torch 2.11
                 kernel = partial(kernel, enable_gqa=True)
             else:
-                key, value = (_ungrouped(x, query.shape[1], 1) for x in (key, value))
+                key, value = (_ungrouped(x, query.shape[1]) for x in (key, value))
         seen = kernel(
             query.contiguous(),
             key.contiguous(),
@@ -174,9 +174,9 @@ def _has_kernel(query_1HSD: Tensor, value_1GSD: Tensor) -> bool:
     return is_16_bits and fits and torch.cuda.get_device_capability(query_1HSD.device) >= (8, 0)
 
 
-def _ungrouped(x: Tensor, num_heads: int, axis: int) -> Tensor:
-    """Return keys or values with one head for each of the queries."""
-    return x.repeat_interleave(num_heads // x.shape[axis], axis)
+def _ungrouped(x: Tensor, num_heads: int) -> Tensor:
+    """Return keys or values, heads in the second dimension, with one for each of the queries."""
+    return x.repeat_interleave(num_heads // x.shape[1], 1)
 
 
 def _num_before(segment: Segment) -> int:
