@@ -248,7 +248,7 @@ def _loop(trainer: Any, watch: Watch, rows: int) -> None:
     """Train with the stock model and its stock loss, so many rows at a time."""
     args, model = trainer.args, trainer.model
     if trainer.accelerator.mixed_precision == "fp16":
-        raise BadInput("the loop does not scale its loss as fp16 needs", hint="--bf16")
+        raise BadInput("the loop does not scale its loss as fp16 needs", hint="--bf16 true")
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
     model.train()
