@@ -10,7 +10,7 @@ it is.
 import inspect
 import logging
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -69,16 +69,10 @@ class Packed:
         finally:
             self.body.config._attn_implementation = attention
 
-    @contextmanager
-    def by_another_kernel(self) -> Iterator[None]:
+    def by_another_kernel(self) -> AbstractContextManager[None]:
         """Run attention of padded micro-batches inside as the model would not by itself."""
-        config = self.body.config
-        attention = config._attn_implementation
-        config._attn_implementation = "sdpa" if attention == "eager" else "eager"
-        try:
-            yield
-        finally:
-            config._attn_implementation = attention
+        own = self.body.config._attn_implementation
+        return _attending(self.body, "sdpa" if own == "eager" else "eager")
 
 
 class _Run:
@@ -126,7 +120,7 @@ class _Run:
             "position_ids": position[None],
             "use_cache": False,
         }
-        with self._attending():
+        with _attending(self._packed.body, NAME):
             found = self._inner(**(given | packed))
         return self._unpacked(found)
 
@@ -141,7 +135,7 @@ class _Run:
                 raise Unpackable("the encoder is given more than the tokens of the body")
             source = to_device(self._plan.source_S, hidden_states.device)
             packed = hidden_states.flatten(0, 1).index_select(0, source)[None]
-            with self._attending():
+            with _attending(self._packed.body, NAME):
                 found = inner(packed, attention_mask=None, **others)
             return self._unpacked(found)
 
@@ -149,17 +143,6 @@ class _Run:
             found = self._inner(**given)
         _require_only(found, "last_hidden_state", "pooler_output")
         return found
-
-    @contextmanager
-    def _attending(self) -> Iterator[None]:
-        """Let attention be ours inside."""
-        config = self._packed.body.config
-        attention = config._attn_implementation
-        config._attn_implementation = NAME
-        try:
-            yield
-        finally:
-            config._attn_implementation = attention
 
     def _unpacked(self, found: Any) -> Any:
         """Put the tokens that ran back to where they came from."""
@@ -190,6 +173,17 @@ class _Run:
             return False
         is_same = ids.data_ptr() == self._moved_BT.data_ptr()  # alive, so that no other has it
         return is_same or (ids.device.type == "cpu" and torch.equal(ids, self._ids_BT))
+
+
+@contextmanager
+def _attending(body: PreTrainedModel, name: str) -> Iterator[None]:
+    """Let the body's attention be that of this name inside."""
+    attention = body.config._attn_implementation
+    body.config._attn_implementation = name
+    try:
+        yield
+    finally:
+        body.config._attn_implementation = attention
 
 
 def _planned(inputs: Any, shared: int) -> tuple[Plan, Tensor] | None:
