@@ -18,8 +18,8 @@ LAYERS = {
     "rows": 4, "causal": 4,
     "engine": 5, "contract": 5, "trace": 5, "measures": 5,
     "measured": 6, "weights": 6, "memory": 7, "diagnosis": 7, "audit": 8, "ranked": 9, "verify": 10,
-    "testing": 11, "integrations": 11, "bench": 11,
-    "cli": 12, "__main__": 13,
+    "testing": 11, "integrations": 11, "bench": 11, "report": 12,
+    "cli": 13, "__main__": 14,
 }  # fmt: skip
 
 

@@ -12,11 +12,13 @@ commands:
   plan      tell what a run needs, what fits and what is fastest, before it runs: neither weights
             nor a GPU are needed
   bench     time a run against TRL's trainer and a plain loop, and check their gradients
+  report    one HTML page of what became of a run, or whether several trained the same
 
   gradaccum train --help      what train takes
   gradaccum verify --help     what verify takes
   gradaccum plan --help       what plan takes
   gradaccum bench --help      what bench takes
+  gradaccum report --help     what report takes
   gradaccum --version         the version
 """
 
@@ -184,4 +186,36 @@ float64, on the CPU and without dropout.
 On an accelerator each turn is a new process, so that one model at a time is in its memory.
 
 exit codes: 0 done, 1 a contender failed, 2 wrong flags or data
+"""
+
+REPORT = """\
+usage: gradaccum report RUN_DIR [RUN_DIR ...] [--out FILE] [--json | --markdown]
+
+Tell what became of a run, from the metrics.jsonl (and run.json) in its directory: loss, where the
+time went, how each effective batch was cut, memory against what was predicted, the gradient noise
+scale, what happened and when, whether the gradient was exact, and how to do it again. Of several
+runs, tell whether they trained the same, where they part, and what was asked differently.
+
+  gradaccum report gradaccum-runs/20261128-103114             one page; while it runs, too
+  gradaccum report runs/a runs/b                              did they train the same?
+  gradaccum report runs/a runs/b runs/c --out compared.html   each against the first
+  gradaccum report runs/a --markdown                          to paste into an issue
+  gradaccum report runs/a --json | jq .loss.after
+
+  --out FILE    where the page goes (.html); default: report.html in RUN_DIR, of several runs
+                comparison.html in the first
+  --markdown    short tables for an issue instead of a page; needs no extra
+  --json        the figures as one JSON object instead of a page; needs no extra
+
+The page is one file of about a megabyte that needs no network: send it, print it, keep it. It
+follows the light or dark setting of whoever reads it. Each figure says in words what it shows, and
+has its numbers below it. To write it takes pip install "gradaccum[report]".
+
+Two runs are "the same to the last digit", "the same within rounding", have "drifted apart" as
+rounding does, or "part" at a step: where the data differ, or the loss jumps by more than rounding
+can. docs/guides/report.md says how that is judged.
+
+The answer in a sentence goes to stderr, the path of the page (or the text) to stdout.
+
+exit codes: 0 done, 2 wrong flags, no run there, or one that cannot be read
 """

@@ -11,7 +11,7 @@ import sys
 from typing import Any
 
 import gradaccum
-from gradaccum.cli.help import BENCH, PLAN, TRAIN, USAGE, VERIFY
+from gradaccum.cli.help import BENCH, PLAN, REPORT, TRAIN, USAGE, VERIFY
 from gradaccum.errors import BadInput, GradaccumError, MissingExtra, PeerFailed
 
 
@@ -30,6 +30,7 @@ def main(argv: list[str] | None = None) -> int:
             "verify": (VERIFY, _verify),
             "plan": (PLAN, _plan),
             "bench": (BENCH, _bench),
+            "report": (REPORT, _report),
         }
         if words[0] not in commands:
             raise BadInput(f"there is no command {words[0]!r}", hint="gradaccum --help")
@@ -61,6 +62,12 @@ def _plan(words: list[str]) -> int:
 
 def _bench(words: list[str]) -> int:
     return _imported("bench").run(words)
+
+
+def _report(words: list[str]) -> int:
+    from gradaccum.cli import report
+
+    return report.run(words)
 
 
 def _imported(name: str) -> Any:
