@@ -47,8 +47,8 @@ def proof(told: dict[str, Any]) -> Section | None:
         )
     if floor:
         text += (
-            f". Rounding alone makes {floor:.1e}: the same two full passes with their rows in "
-            f"opposite order; so it is {error / floor:.2g} times that"
+            f". Rounding alone makes {floor:.1e} (two full passes with their rows in opposite "
+            f"order): the error is {error / floor:.2g} times what rounding makes"
         )
     return Section("proof", "Is the gradient that of the whole batch?", [f"{text}."])
 
@@ -74,7 +74,7 @@ def again(run: Run, told: dict[str, Any]) -> Section:
     for section in ("model", "data"):
         inside = run.stated(section)
         for name, value in inside.items() if isinstance(inside, dict) else ():
-            asked[f"{section}: {name.replace('_', ' ')}"] = value
+            asked[f"{section}: {name.removeprefix('num_').replace('_', ' ')}"] = value
     if isinstance(versions, dict) and "python" in versions:
         asked["python"] = versions["python"]
     rows = [[label, _said(value)] for label, value in asked.items() if value is not None]

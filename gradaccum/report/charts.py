@@ -5,6 +5,8 @@ drawing. Keys are not drawn: the page has them as text. What is drawn of a long 
 keeps every minimum and maximum.
 """
 
+import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -71,7 +73,7 @@ def thin(points: Sequence[Point], most: int = DRAWN) -> list[Point]:
 
     Example:
         >>> thin([(1, 0.0), (2, 9.0), (3, 1.0), (4, 1.0), (5, 1.0), (6, -7.0), (7, 1.0)], 4)
-        [(1, 0.0), (2, 9.0), (6, -7.0), (7, 1.0)]
+        [(1, 0.0), (2, 9.0), (5, 1.0), (6, -7.0), (7, 1.0)]
     """
     if len(points) <= most:
         return list(points)
@@ -90,7 +92,7 @@ def lines(
     *,
     x: str = "step",
     y: str = "",
-    form: str = "~g",
+    form: str = ",.6~g",
     height: int = 240,
     rules: Sequence[Rule] = (),
     band: Sequence[tuple[float, float, float]] = (),
@@ -113,7 +115,11 @@ def lines(
         from_zero: Whether it begins at zero.
     """
     scale = alt.Scale(type="log") if is_log else alt.Scale(zero=from_zero, nice=True)
-    side = alt.Y("y:Q", scale=scale, title=None, axis=alt.Axis(format=form))
+    axis = alt.Axis(format=form)
+    if is_log:
+        ys = [y for line in drawn for _, y in line.points] + [y for _, *ends in band for y in ends]
+        axis = alt.Axis(format=form, values=_levels(min(ys), max(ys)))
+    side = alt.Y("y:Q", scale=scale, title=None, axis=axis)
     below = alt.X("x:Q", title=x, scale=alt.Scale(nice=False), axis=alt.Axis(tickMinStep=1))
     layers: list[Any] = []
     if band:
@@ -153,6 +159,20 @@ def lines(
     return _whole(alt.layer(*layers), height)
 
 
+def _levels(low: float, high: float) -> list[float]:
+    """Return few levels for a logarithmic axis.
+
+    Example:
+        >>> _levels(30, 400), _levels(2e-7, 0.5)
+        ([50.0, 100.0, 200.0], [1e-06, 0.0001, 0.01])
+    """
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    factors = (1, 2, 5) if len(powers) < 4 else (1,)
+    found = [float(f"{factor}e{power}") for power in powers for factor in factors]
+    found = [level for level in found if low <= level <= high] or [low]
+    return found[:: -(-len(found) // 5)]
+
+
 def _hover(
     drawn: Sequence[Line], x: str, y: str, form: str, below: alt.X, side: alt.Y
 ) -> alt.Chart:
@@ -182,7 +202,7 @@ def _hover(
 
 
 def stack_over_steps(
-    steps: Sequence[int], bars: Sequence[Bar], *, form: str = "~g", height: int = 200
+    steps: Sequence[int], bars: Sequence[Bar], *, form: str = ",.6~g", height: int = 200
 ) -> dict[str, Any]:
     """Draw the parts of each step on top of one another; means where there are many steps."""
     rows = []
@@ -243,7 +263,7 @@ def _stack(
 
 
 def horizontal(
-    names: Sequence[str], parts: Sequence[Bar], *, x: str, form: str = "~g", is_log: bool = False
+    names: Sequence[str], parts: Sequence[Bar], *, x: str, form: str = ",.6~g", is_log: bool = False
 ) -> dict[str, Any]:
     """Draw one horizontal bar a name, its parts next to one another."""
     rows = []
@@ -280,7 +300,9 @@ def horizontal(
 
 
 def _chart(rows: list[dict[str, Any]]) -> alt.Chart:
-    return alt.Chart(alt.InlineData(values=rows))
+    """Return a chart of rows, as text: Altair would look at each row for long."""
+    text = json.dumps(rows, separators=(",", ":"))
+    return alt.Chart(alt.InlineData(values=text, format=alt.JsonDataFormat(type="json")))
 
 
 def _whole(chart: Any, height: int) -> dict[str, Any]:

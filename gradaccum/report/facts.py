@@ -127,7 +127,7 @@ def seconds(run: Run) -> dict[str, Any]:
     split = {label: sum(values) for label, values in phases(run).items()}
     total = _total(run, "seconds")
     began, ended = number(run.stated("began")), number(run.stated("ended"))
-    told = {"steps": total, "of_steps": split, BETWEEN: between(run), "whole_run": None}
+    told = {"steps": total, "of_steps": split, "between": between(run), "whole_run": None}
     if began is not None and ended is not None and not run.stated("resumed"):
         told["whole_run"] = ended - began
     return told

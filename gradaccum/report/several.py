@@ -39,7 +39,7 @@ def page(runs: Sequence[Run]) -> Page:
     figures = (_curves(runs), _differences(runs, found), _norms(runs))
     sections = (
         asked(runs), results(runs, told),
-        Section("curves", "Over each other", (), [f for f in figures if f is not None]),
+        Section("curves", "Curves", (), [f for f in figures if f is not None]),
         _time(runs, told), _memory(runs, told),
     )  # fmt: skip
     return Page(
@@ -160,7 +160,7 @@ def _time(runs: Sequence[Run], told: Sequence[dict[str, Any]]) -> Section | None
         return None
     a_step = [
         {label: sum(values) / len(run.steps) for label, values in split.items()}
-        | ({BETWEEN: t["seconds"][BETWEEN] / len(run.steps)} if t["seconds"][BETWEEN] else {})
+        | ({BETWEEN: t["seconds"]["between"] / len(run.steps)} if t["seconds"]["between"] else {})
         for run, split, t in zip(runs, splits, told, strict=True)
     ]
     labels = [name for name in COLORS if any(part.get(name) for part in a_step)]

@@ -126,15 +126,15 @@ def _time(run: Run, told: dict[str, Any]) -> Section | None:
     if not split:
         return None
     parts = {label: sum(values) for label, values in split.items()}
-    if took[BETWEEN]:
-        parts[BETWEEN] = took[BETWEEN]
+    if took["between"]:
+        parts[BETWEEN] = took["between"]
     total = sum(parts.values())
     shares = {label: value / total for label, value in parts.items() if value}
-    most = max(shares, key=lambda label: shares[label])
+    most = max(split, key=lambda label: parts[label])
     finding = f"{counted(told['steps'], 'step')} took {span(took['steps'])}"
-    finding += f", {shares[most]:.0%} of it {most}." if most != WHOLE else "."
-    if took[BETWEEN]:
-        finding += f" {span(took[BETWEEN])} went by between steps (evaluating, saving, logging)."
+    finding += "." if most == WHOLE else f", {parts[most] / took['steps']:.0%} of it {most}."
+    if took["between"]:
+        finding += f" {span(took['between'])} went by between steps (evaluating, saving, logging)."
     if took["whole_run"]:
         outside = took["whole_run"] - total
         finding += (
@@ -186,32 +186,25 @@ def _memory(run: Run, told: dict[str, Any]) -> Section | None:
     points = run.points("peak_bytes")
     if not memory["peak_bytes"]:
         return None
-    levels = {
-        "what there is for the run": memory["cap_bytes"],
-        "predicted": memory["predicted_bytes"],
-        "of the device": memory["total_bytes"],
-    }
-    stated = {label: value for label, value in levels.items() if value}
-    peak = memory["peak_bytes"]
-    # The device's size says nothing where it is far above; then the drawing is for the rest.
-    drawn = {label: v for label, v in stated.items() if label != "of the device" or v < 3 * peak}
-    said = [f"the peak of the process was {amount(peak)}"]
-    said += [f"{label} {amount(value)}" for label, value in stated.items()]
-    if predicted := memory["predicted_bytes"]:
-        said[0] += f", {peak / predicted - 1:+.1%} against the prediction"
+    peak, cap, predicted = (memory[f"{name}_bytes"] for name in ("peak", "cap", "predicted"))
+    finding = f"The peak of the process was {amount(peak)}"
+    if predicted:
+        finding += f", {peak / predicted - 1:+.1%} against the {amount(predicted)} predicted"
+    finding += f"; there was {amount(cap)} for the run" if cap else ""
+    if memory["total_bytes"]:
+        finding += f"; the device has {amount(memory['total_bytes'])}"
+    levels = [("for the run", cap), ("predicted", predicted)]
+    rules = [Rule(f"{label}: {amount(v)}", v / GIB) for label, v in levels if v]
     chart = charts.lines(
         [Line("peak so far", [(s, v / GIB) for s, v in points], is_stepped=True)],
         y="GiB", form=".3~g", height=160, from_zero=True,
-        rules=[Rule(f"{label}: {amount(v)}", v / GIB) for label, v in drawn.items()],
+        rules=rules,
     )  # fmt: skip
-    finding = f"{'; '.join(said)}."
     in_gib = [None if v is None else v / GIB for v in run.column("peak_bytes")]
     table = table_of_steps(
         "Peak memory by step, GiB", run.steps, {"peak so far, GiB": (in_gib, ".3f")}
     )
-    figure = Figure(
-        "memory", "peak memory so far, GiB", finding[0].upper() + finding[1:], chart, (), table
-    )
+    figure = Figure("memory", "peak memory so far, GiB", f"{finding}.", chart, (), table)
     return Section("memory", "Memory", (), [figure])
 
 

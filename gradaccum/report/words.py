@@ -172,7 +172,7 @@ def results(runs: Sequence[Run], told: Sequence[dict[str, Any]]) -> Section:
         ["gradient error", *(_error(t["proof"]) for t in told)],
     ]  # fmt: skip
     rows = [row for row in rows if set(row[1:]) != {"-"}]
-    table = Table("What became of them", ["figure", *(run.name for run in runs)], rows)
+    table = Table("Figures of each run", ["figure", *(run.name for run in runs)], rows)
     return Section("results", "What became of them", (), (), [table])
 
 
@@ -228,19 +228,21 @@ def headline_of(runs: Sequence[Run], found: Sequence[Comparison]) -> str:
             f"All {len(runs)} runs are the same within rounding (largest relative difference of "
             f"the loss {largest:.1e})."
         )
-    apart = [
-        f"{run.name} ({_when(comparison)})"
-        for run, comparison in zip(runs[1:], found, strict=True)
-        if comparison.kind in (PART, DRIFT, APART)
-    ]
-    return f"Not the trajectory of {runs[0].name}: {', '.join(apart)}."
+    told = [_clause(run, c) for run, c in zip(runs[1:], found, strict=True)]
+    return f"Against {runs[0].name}: {'; '.join(told)}."
 
 
-def _when(comparison: Comparison) -> str:
-    if comparison.kind == APART:
-        return comparison.sentence
-    verb = "parts" if comparison.kind == PART else "drifts apart"
-    return f"{verb} at step {comparison.step:,}"
+def _clause(run: Run, comparison: Comparison) -> str:
+    return (
+        f"{run.name} "
+        + {
+            SAME: "is the same to the last digit",
+            ROUNDING: "is the same within rounding",
+            DRIFT: f"drifts apart without a jump, by step {comparison.step}",
+            PART: f"parts at step {comparison.step}",
+            APART: "has nothing to compare",
+        }[comparison.kind]
+    )
 
 
 def verdicts(runs: Sequence[Run], found: Sequence[Comparison]) -> Section:
@@ -250,7 +252,7 @@ def verdicts(runs: Sequence[Run], found: Sequence[Comparison]) -> Section:
         name = f"{runs[0].name} and {run.name}: "
         reason = explanation(runs[0], run, comparison)
         sentences.append(f"{name if len(found) > 1 else ''}{comparison.sentence}. {reason}".strip())
-    return Section("same", "Did they train the same?", [s[0].upper() + s[1:] for s in sentences])
+    return Section("same", "Did they train the same?", sentences)
 
 
 def markdown(runs: Sequence[Run]) -> str:
