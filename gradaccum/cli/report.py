@@ -15,8 +15,8 @@ from gradaccum.errors import BadInput
 from gradaccum.report.compare import Comparison, compare, differences, explanation
 from gradaccum.report.facts import facts
 from gradaccum.report.page import check, html
-from gradaccum.report.read import Run, read_all
-from gradaccum.report.words import headline, headline_of, markdown, remarks
+from gradaccum.report.read import Run, number, read_all
+from gradaccum.report.words import headline, headline_of, markdown, remarks, verdicts
 
 ONE, SEVERAL = "report.html", "comparison.html"  # in the directory of the first run
 
@@ -79,7 +79,8 @@ def _say(runs: Sequence[Run]) -> None:
         told = facts(runs[0])
         lines = [headline(runs[0], told), *remarks(runs[0], told)]
     else:
-        lines = [headline_of(runs, [compare(runs[0], other) for other in runs[1:]])]
+        found = [compare(runs[0], other) for other in runs[1:]]
+        lines = [headline_of(runs, found), *verdicts(runs, found).sentences]
         lines += [f"{each.name}: {note}" for each in runs for note in each.notes]
     for line in lines:
         print(line, file=sys.stderr)
@@ -118,7 +119,7 @@ def _compared(first: Run, other: Run) -> dict[str, Any]:
         "kind": found.kind,
         "step": found.step,
         "common_steps": found.num_common,
-        "largest_relative_difference": found.largest,
+        "largest_relative_difference": number(found.largest),
         "sentence": found.sentence,
         "explanation": explanation(first, other, found),
     }

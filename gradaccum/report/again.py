@@ -14,7 +14,7 @@ def events(run: Run, told: dict[str, Any]) -> Section | None:
     rows = [(step, text) for step, text in run.events]
     rows += [(step, "the loss is not finite") for step in run.nonfinite]
     for entry in told["resumed"]:
-        step = number(entry.get("step")) if isinstance(entry, dict) else None
+        step = number(entry.get("step"))
         if step is not None:
             source = entry.get("checkpoint")
             rows.append(

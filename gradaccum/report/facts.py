@@ -44,7 +44,7 @@ def facts(run: Run) -> dict[str, Any]:
         "noise": run.stated("noise") or _noise(run),
         "proof": run.stated("proof"),
         "events": [{"step": step, "text": text} for step, text in run.events],
-        "resumed": run.stated("resumed") or [],
+        "resumed": resumed(run),
         "notes": run.notes,
     }
 
@@ -106,14 +106,16 @@ def phases(run: Run) -> dict[str, list[float]]:
     return split | {OTHER: [max(0.0, w - s) for w, s in zip(whole, spent, strict=True)]}
 
 
+def resumed(run: Run) -> list[dict[str, Any]]:
+    """Return where the run went on after it had stopped."""
+    told = run.stated("resumed")
+    return [entry for entry in told if isinstance(entry, dict)] if isinstance(told, list) else []
+
+
 def between(run: Run) -> float | None:
     """Return the seconds between steps: evaluation, saving, logging; without pauses of the run."""
     times, took = run.column("time"), run.column("seconds")
-    pauses = {
-        number(entry.get("step"))
-        for entry in run.stated("resumed") or []
-        if isinstance(entry, dict)
-    }
+    pauses = {number(entry.get("step")) for entry in resumed(run)}
     gaps = [
         times[i] - times[i - 1] - took[i]  # type: ignore[operator]
         for i in range(1, len(times))
@@ -125,10 +127,10 @@ def between(run: Run) -> float | None:
 def seconds(run: Run) -> dict[str, Any]:
     """Return where the time went, in seconds."""
     split = {label: sum(values) for label, values in phases(run).items()}
-    total = _total(run, "seconds")
+    total = _total(run, "seconds") or sum(split.values()) or None
     began, ended = number(run.stated("began")), number(run.stated("ended"))
     told = {"steps": total, "of_steps": split, "between": between(run), "whole_run": None}
-    if began is not None and ended is not None and not run.stated("resumed"):
+    if began is not None and ended is not None and not resumed(run):
         told["whole_run"] = ended - began
     return told
 

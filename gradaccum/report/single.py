@@ -152,24 +152,27 @@ def _time(run: Run, told: dict[str, Any]) -> Section | None:
             for label, share in shares.items()
         ],
     )  # fmt: skip
-    whole = charts.horizontal(
-        ["run"], [Bar(label, [parts[label]], COLORS[label]) for label in shares], x="seconds"
+    unit, of_unit = (
+        ("hours", 3600) if total > 7200 else ("minutes", 60) if total > 300 else ("seconds", 1)
     )
-    figures = [Figure("time", "seconds in all", finding, whole, keys, table)]
+    bars = [Bar(label, [parts[label] / of_unit], COLORS[label]) for label in shares]
+    whole = charts.horizontal(["run"], bars, x=unit)
+    figures = [Figure("time", f"{unit} in all", finding, whole, keys, table)]
     if len(run.steps) > 1:
         shown = {label: values for label, values in split.items() if label in shares}
-        slowest = max(zip(run.column("seconds"), run.steps, strict=True), key=lambda p: p[0] or 0)
+        each = [sum(values) for values in zip(*split.values(), strict=True)]
+        slowest = max(zip(each, run.steps, strict=True))
         figures.append(
             Figure(
                 "steps", "seconds of each step",
-                f"A step took {span(statistics.median(run.known('seconds')))} in the median; the "
-                f"slowest, step {slowest[1]:,}, {span(slowest[0] or 0)}.",
+                f"A step took {span(statistics.median(each))} in the median; the "
+                f"slowest, step {slowest[1]:,}, {span(slowest[0])}.",
                 charts.stack_over_steps(
                     run.steps, [Bar(label, v, COLORS[label]) for label, v in shown.items()]
                 ),
                 [Key(label, COLORS[label], "box") for label in shown] if len(shown) > 1 else (),
                 table_of_steps("Seconds by step", run.steps,
-                    {"all": (run.column("seconds"), ".3f")}
+                    {"all": (each, ".3f")}
                     | {label: (v, ".3f") for label, v in shown.items() if label != WHOLE},
                 ),
             )

@@ -217,41 +217,47 @@ def _at_the_same_samples(runs: Sequence[Run]) -> tuple[int, list[str]] | None:
 
 def headline_of(runs: Sequence[Run], found: Sequence[Comparison]) -> str:
     """Say in one sentence whether all trained the same."""
-    if len(found) == 1:
-        return f"{runs[0].name} and {runs[1].name}: {found[0].sentence}."
     kinds = [comparison.kind for comparison in found]
     if all(kind == SAME for kind in kinds):
-        return f"All {len(runs)} runs are the same to the last digit."
+        return f"{_all(runs)} the same to the last digit in {_steps(found)}."
     if all(kind in (SAME, ROUNDING) for kind in kinds):
         largest = max(comparison.largest for comparison in found)
         return (
-            f"All {len(runs)} runs are the same within rounding (largest relative difference of "
-            f"the loss {largest:.1e})."
+            f"{_all(runs)} the same within rounding in {_steps(found)} (largest relative "
+            f"difference of the loss {largest:.1e})."
         )
-    told = [_clause(run, c) for run, c in zip(runs[1:], found, strict=True)]
+    told = [f"{run.name} {_clause(c)}" for run, c in zip(runs[1:], found, strict=True)]
     return f"Against {runs[0].name}: {'; '.join(told)}."
 
 
-def _clause(run: Run, comparison: Comparison) -> str:
-    return (
-        f"{run.name} "
-        + {
-            SAME: "is the same to the last digit",
-            ROUNDING: "is the same within rounding",
-            DRIFT: f"drifts apart without a jump, by step {comparison.step}",
-            PART: f"parts at step {comparison.step}",
-            APART: "has nothing to compare",
-        }[comparison.kind]
-    )
+def _all(runs: Sequence[Run]) -> str:
+    names = " and ".join(run.name for run in runs)
+    return f"{names} are" if len(runs) == 2 else f"All {len(runs)} runs are"
+
+
+def _steps(found: Sequence[Comparison]) -> str:
+    num = min(comparison.num_common for comparison in found)
+    return "the one step that they have in common" if num == 1 else f"all {num:,} steps in common"
+
+
+def _clause(comparison: Comparison) -> str:
+    step = comparison.step
+    return {
+        SAME: "is the same to the last digit",
+        ROUNDING: "is the same within rounding",
+        DRIFT: f"has drifted apart at step {step}, without a jump",
+        PART: f"parts at step {step}",
+        APART: "has nothing to compare",
+    }[comparison.kind]
 
 
 def verdicts(runs: Sequence[Run], found: Sequence[Comparison]) -> Section:
     """Return for each run but the first whether it trained the same, and why not."""
     sentences = []
     for run, comparison in zip(runs[1:], found, strict=True):
-        name = f"{runs[0].name} and {run.name}: "
         reason = explanation(runs[0], run, comparison)
-        sentences.append(f"{name if len(found) > 1 else ''}{comparison.sentence}. {reason}".strip())
+        text = f"{runs[0].name} and {run.name}: {comparison.sentence}. {reason}"
+        sentences.append(text.strip())
     return Section("same", "Did they train the same?", sentences)
 
 
