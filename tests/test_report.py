@@ -347,6 +347,19 @@ def test_what_was_asked_differently_is_sorted_by_what_it_does(tmp_path):
     )
 
 
+def test_runs_that_tell_only_their_flags_are_compared_by_them(tmp_path):
+    told, other = runs.lines(3), runs.lines(3)
+    other[2]["loss"] = 1.0
+    for name, lines, extra in (("a", told, []), ("b", other, ["--learning_rate", "5e-4"])):
+        folder = runs.write(tmp_path / name, lines)
+        flags = ["--output_dir", f"runs/{name}", "--effective_batch_size", "32", *extra]
+        (folder / "flags.json").write_text(json.dumps(flags))
+    a, b = read.read_all([tmp_path / "a", tmp_path / "b"])
+    reason = compare.explanation(a, b, compare.compare(a, b))
+    assert reason == "What was asked differs in learning_rate not stated against 5e-4."
+    assert "| learning_rate | - | 5e-4 |" in words.markdown([a, b])
+
+
 def test_rounding_of_a_real_training_is_no_jump_and_one_percent_of_learning_rate_is():
     """The bound is held against a loop: other cuts of the same batches, and another rate."""
     torch = pytest.importorskip("torch")

@@ -17,6 +17,7 @@ tells that.
 """
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -292,7 +293,7 @@ def effect(name: str) -> str:
 
 def explanation(first: Run, other: Run, found: Comparison) -> str:
     """Say what of what was asked explains that two runs part, or that they do not."""
-    if not (first.stated("settings") and other.stated("settings")):
+    if not (dict(_asked(first)) and dict(_asked(other))):
         return "What was asked of them is not known: there is no run.json that tells."
     asked = differences([first, other])
     changes = [_words(d) for d in asked if d.effect == CHANGES]
@@ -316,6 +317,20 @@ def _words(difference: Difference) -> str:
     return f"{difference.name.removeprefix('settings.')} {a} against {b}"
 
 
+def _flags(command: str) -> Iterator[tuple[str, str]]:
+    """Yield the flags of a command, for a run that does not tell its settings.
+
+    Example:
+        >>> list(_flags("gradaccum train --budget 768 --use_peft --seed=1"))
+        [('budget', '768'), ('settings.use_peft', 'true'), ('settings.seed', '1')]
+    """
+    words = re.sub(r" --(\w+)=", r" --\1 ", f"{command} ").split(" --")[1:]
+    for word in words:
+        name, _, value = word.strip().partition(" ")
+        prefix = "" if name in ("budget", "memory", "effective_batch_size") else "settings."
+        yield f"{prefix}{name}", value.strip() or "true"
+
+
 def _asked(run: Run) -> Iterator[tuple[str, str]]:
     """Yield what run.json says was asked, by dotted names, in words."""
     for name in ("effective_batch_size", "schedule", "num_steps", "seed", "world", "device"):
@@ -325,6 +340,8 @@ def _asked(run: Run) -> Iterator[tuple[str, str]]:
         inside = run.stated(section)
         for name, value in inside.items() if isinstance(inside, dict) else ():
             yield f"{section}.{name}", str(value)
+    if not isinstance(run.stated("settings"), dict):
+        yield from _flags(str(run.stated("command") or ""))
     budget = run.stated("budget")
     if isinstance(budget, dict):
         bounds = [f"{budget[n]:,} {n}" for n in ("tokens", "examples") if number(budget.get(n))]

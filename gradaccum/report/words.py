@@ -134,8 +134,8 @@ def asked(runs: Sequence[Run]) -> Section:
     """Return what was asked of these runs in different ways."""
     found = differences(list(runs))
     names = [run.name for run in runs]
-    if not any(run.about for run in runs):
-        text = "There is no run.json in any of them, so what was asked is not known."
+    if not all(run.stated("settings") or run.stated("command") for run in runs):
+        text = "What was asked is not known of all of them: there is no run.json that tells."
         return Section("asked", "What was asked", [text])
     if not found:
         return Section("asked", "What was asked", ["The same of all of them."])
@@ -299,6 +299,6 @@ def _table(table: Table) -> str:
 
 def _escaped(text: str) -> str:
     """Return text that Markdown shows as it is."""
-    for mark in "\\|<>*_`":
+    for mark in "\\|<>*`":
         text = text.replace(mark, f"\\{mark}")
     return text.replace("\n", " ")
