@@ -159,6 +159,7 @@ class _Reading:
         self._run = run
         self._unread: list[int] = []  # lines
         self._again = 0  # steps
+        self._window: tuple[int, Any, Any] | None = None
 
     def take(self, lines: Iterable[bytes]) -> None:
         raw = b""
@@ -180,6 +181,9 @@ class _Reading:
                 f"{counted(self._again, 'step')} ran again after the run was resumed; what counts "
                 "is the last time"
             )
+        if self._window is not None:
+            step, micros, ranks = self._window
+            run.window = Window(step, _rows(micros, 3), _rows(ranks, 4))
         missing = len(run.steps)
         for column in run.columns.values():
             column.extend([None] * (missing - len(column)))
@@ -209,15 +213,19 @@ class _Reading:
             del column[kept:]
         run.nonfinite = [s for s in run.nonfinite if s < step]
         run.events = [(s, text) for s, text in run.events if s < step]
-        if run.window is not None and run.window.step >= step:
-            run.window = None
+        if self._window is not None and self._window[0] >= step:
+            self._window = None
 
     def _add(self, step: int, line: dict[str, Any]) -> None:
         run, index = self._run, len(self._run.steps)
         run.steps.append(step)
+        columns = run.columns
         for name, value in _numbers(line):
-            column = run.columns.setdefault(name, [])
-            column.extend([None] * (index - len(column)))
+            column = columns.get(name)
+            if column is None:
+                column = columns[name] = []
+            if len(column) < index:
+                column.extend([None] * (index - len(column)))
             column.append(value)
         if "loss" in line and number(line["loss"]) is None:
             run.nonfinite.append(step)
@@ -226,10 +234,10 @@ class _Reading:
             run.events.append((step, str(text)))
         if isinstance(line.get("unit"), str):
             run.unit = line["unit"]
-        micros, ranks = (_rows(line.get(name), n) for name, n in (("micros", 3), ("ranks", 4)))
         is_whole = line.get("num_examples") == line.get("effective_batch_size")
-        if (micros or ranks) and (is_whole or run.window is None):
-            run.window = Window(step, micros, ranks)
+        micros, ranks = line.get("micros"), line.get("ranks")
+        if (micros or ranks) and (is_whole or self._window is None):
+            self._window = step, micros, ranks
 
 
 def _numbers(line: dict[str, Any]) -> Iterator[tuple[str, float]]:
@@ -241,8 +249,8 @@ def _numbers(line: dict[str, Any]) -> Iterator[tuple[str, float]]:
             yield from found
             if name == "weight" and found:
                 yield name, sum(v for _, v in found)
-        elif (plain := number(value)) is not None:
-            yield name, plain
+        elif type(value) in (int, float) and -MOST <= value <= MOST:
+            yield name, value
 
 
 def _rows(value: Any, width: int) -> list[list[int]]:

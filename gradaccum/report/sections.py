@@ -27,12 +27,11 @@ class Key(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Hold rows of text; those whose first column names the row say so in `is_named`."""
+    """Hold rows of text; the first column names the row."""
 
     caption: str
     heads: Sequence[str]
     rows: Sequence[Sequence[str]]
-    is_named: bool = True
 
 
 @dataclass(frozen=True, slots=True)

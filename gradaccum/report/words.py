@@ -57,7 +57,7 @@ def headline(run: Run, told: dict[str, Any]) -> str:
     planned, last, loss = told["planned_steps"], told["last_step"], told["loss"]
     done = counted(told["steps"], "step")
     if planned and last < planned:
-        state = {"running": "so far", "stopped": "and stopped"}.get(told["status"] or "", "")
+        state = {"running": "so far", "stopped": "and stopped"}.get(str(told["status"]), "")
         done = f"{last:,} of {counted(int(planned), 'step')} {state}".strip()
     parts = [done]
     if told["samples"] is not None:
