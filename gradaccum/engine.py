@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, Literal
 
 import torch
@@ -37,7 +38,8 @@ from gradaccum.errors import (
 )
 from gradaccum.objective import Objective, by_term, shares, sum_and_weight, unweighted
 from gradaccum.packing.plan import Layout
-from gradaccum.split import split
+from gradaccum.parts import drawn, square_norm, unpaired
+from gradaccum.split import split_parts
 from gradaccum.state import Past, Random, accumulating, batch_norms
 from gradaccum.sync.alone import AGAIN, Alone, Hearing, Message, OtherQuestions
 from gradaccum.sync.choose import is_sharded, module_of, num_ranks, ranks_of
@@ -64,6 +66,8 @@ class Window:
         random: The random state before it was collated, and after.
         hearing: Says and hears what there is to say about it.
         heard: What ranks said when it was counted.
+        parts: For each part that was drawn, how many micro-batches and examples there are up to its
+            end; None where the batch is not in parts.
     """
 
     micros: tuple[Micro, ...]
@@ -76,6 +80,7 @@ class Window:
     random: tuple[Random, Random]
     hearing: Hearing
     heard: Sequence[Message] = ()
+    parts: tuple[tuple[int, int], ...] | None = None
 
     @property
     def share(self) -> Share:
@@ -118,6 +123,10 @@ class Accumulator:
             "hold", gathered once per step (least communication; ranks restart alone). None: "hold"
             where there is memory for it, else "each".
 
+    Attributes:
+        parts: Where set, steps run in parts that are drawn by these numbers, and measure
+            `Step.squares`; for `NoiseScale`.
+
     Example:
         >>> model = nn.Linear(3, 1)
         >>> objective = Objective(
@@ -157,6 +166,7 @@ class Accumulator:
         self.budget = budget
         self.limit: Budget | None = None
         self.layout: Layout | None = None
+        self.parts: tuple[int, ...] | None = None
         self._collate = collate
         self._accumulate_dtype = accumulate_dtype
         self._grad_dtype = grad_dtype
@@ -194,10 +204,16 @@ class Accumulator:
         )
         shared = self.layout.shared if self.layout is not None else None
         budget = self.budget.within(self.limit)
-        micros = split(host, self.objective, budget, shared=shared)
+        parts = [range(len(host))] if self.parts is None else drawn(len(host), *self.parts)
+        cut = split_parts(host, parts, self.objective, budget, shared=shared)
+        micros = [micro for part in cut for micro in part]
         inputs = tuple(self.objective.ready(host.take(micro.examples)) for micro in micros)
-        drawn = before, Random()
-        window = Window(tuple(micros), inputs, (), None, None, "", host, drawn, hearing)
+        window = Window(
+            tuple(micros), inputs, (), None, None, "", host, (before, Random()), hearing
+        )
+        if self.parts is not None:
+            ends = zip(accumulate(map(len, cut)), accumulate(map(len, parts)), strict=True)
+            window = dataclasses.replace(window, parts=tuple(ends))
         return self._counted(window, hearing)
 
     def _counted(self, window: Window, hearing: Hearing) -> Window:
@@ -395,21 +411,23 @@ class Accumulator:
         with accumulating(parameters, self._accumulate_dtype, self._grad_dtype):
             num_fillers = ranks.begin(parameters, [said["num_runs"] for said in heard])
             with attention:
-                ran, losses, reported = self._run(window, device, ranks, num_fillers)
+                ran, losses, reported, norms = self._run(window, parameters, ranks, num_fillers)
             took = stop()
             self._warn_of_last()  # only now: it waits for that step, and the device has work again
             losses = torch.stack(losses) if losses else torch.zeros(0, device=device)
             losses = losses.view(-1, len(names))
             # What is left to do takes no part of the batch.
             self._running = window.micros[0] if window.micros else None
-            used, shares = _ended(parameters, ranks, window.share)
+            used, shares = _ended(parameters, ranks, window)
             if ranks.world > 1:
                 self._running = None  # the others go on: it is too late to run again alone
             wide = torch.float32 if device.type == "mps" else torch.float64
             late = torch.stack(reported).sum() if reported else torch.zeros((), device=device)
-            own = torch.cat([losses.sum(0).to(wide), late.to(wide)[None]])
-            *_, late = sums = ranks.reduce(parameters, used, own)
-            sums, divisor = sums[:-1], torch.where(late == 0, 1, late)
+            squares = None
+            own = [losses.sum(0), late[None], _squares(window, norms, reported, device)]
+            sums = ranks.reduce(parameters, used, torch.cat([part.to(wide) for part in own]))
+            sums, late, found = sums[: len(names)], sums[len(names)], sums[len(names) + 1 :]
+            divisor = torch.where(late == 0, 1, late)
             if window.totals is None:
                 sums, losses = sums / divisor, losses / divisor
                 for p in parameters:
@@ -419,6 +437,14 @@ class Accumulator:
                 warnings.warn(f"no {window.unit}: the gradients are zero", stacklevel=3)
                 for p in parameters:
                     p.grad = torch.zeros_like(p, dtype=p.grad_dtype)
+            if window.parts is not None:
+                whole = square_norm([p.grad for p in parameters if p.grad is not None])
+                over = divisor if window.totals is None else 1
+                weight = divisor
+                if window.totals is not None:
+                    num = sum(share.num_examples for share in shares)
+                    weight = num if len(names) > 1 else sum(window.totals.values())
+                squares = torch.stack([whole, found[0] / over**2, found[1] / weight**2])
             total = sums.sum().to(losses.dtype)
             on_host = [x.to("cpu", non_blocking=True) for x in (losses, sums, late)]
         return Step(
@@ -439,6 +465,7 @@ class Accumulator:
             _sums=on_host[1],
             _ran=ran,
             _late_weight=on_host[2],
+            _squares=None if squares is None else squares.to("cpu", non_blocking=True),
             _took=took,
             _wait=stop(),
         )
@@ -456,18 +483,20 @@ class Accumulator:
             self._hearing = None
 
     def _run(
-        self, window: Window, device: torch.device, ranks: Alone, num_fillers: int
-    ) -> tuple[tuple[int, ...], list[Tensor], list[Tensor]]:
+        self, window: Window, parameters: list[nn.Parameter], ranks: Alone, num_fillers: int
+    ) -> tuple[tuple[int, ...], list[Tensor], list[Tensor], list[Tensor]]:
         """Run every micro-batch forward and backward.
 
         Returns:
             Which micro-batches ran; their shares of the loss by term, one after the other, on the
-            device; the weights that the losses reported.
+            device; the weights that the losses reported; the squared norm after each part.
         """
-        model = module_of(self.model)
+        model, device = module_of(self.model), parameters[0].device
         ran: list[int] = []
         losses: list[Tensor] = []
         reported: list[Tensor] = []
+        norms: list[Tensor] = []
+        ends = {end for end, _ in window.parts or ()}
         filler = ranks.borrow(self._filler(window))
         running = self.layout.running if self.layout is not None else lambda *_: nullcontext()
         is_shaped = is_compiled(model)
@@ -483,12 +512,14 @@ class Accumulator:
                 ran.append(i)
             if self._after_micro is not None:
                 self._after_micro(micro)
+            if i + 1 in ends:
+                norms.append(square_norm([p.grad for p in parameters if p.grad is not None]))
         for _ in range(num_fillers):
             with ranks.micro(is_filler=True):
                 loss = unweighted(self.objective).loss(model, to_device(filler, device))
                 with torch.autocast(device.type, enabled=False):
                     self._backward(loss)
-        return tuple(ran), losses, reported
+        return tuple(ran), losses, reported, norms
 
     def _run_micro(
         self, window: Window, i: int, inputs: Any, device: torch.device, reported: list[Tensor]
@@ -558,8 +589,33 @@ def _summed(heard: list[Message]) -> dict[str, float]:
     return {name: math.fsum(weights[name] for weights in given) for name in names}
 
 
+def _squares(
+    window: Window, norms: list[Tensor], reported: list[Tensor], device: torch.device
+) -> Tensor:
+    """Return this rank's sums over examples of squared gradients and squared weights, shape (2,).
+
+    Args:
+        norms: The squared norm after each part.
+        reported: The weights of micro-batches, where the loss tells them.
+    """
+    if not norms or window.parts is None:
+        return torch.zeros(2, device=device)
+    ends, nums = zip(*window.parts, strict=True)
+    squares = torch.stack(norms)
+    if reported:
+        weights = torch.stack(reported)
+    else:
+        given = zip(window.micros, window.weights or (), strict=True)
+        is_one = window.totals is not None and len(window.totals) == 1
+        weights = squares.new_tensor(
+            [sum(weight.values()) if is_one else len(micro.examples) for micro, weight in given]
+        )
+    added = weights.to(squares).cumsum(0)[[end - 1 for end in ends]]
+    return torch.stack([unpaired(squares, nums), unpaired(added.square(), nums)])
+
+
 def _ended(
-    parameters: list[nn.Parameter], ranks: Alone, share: Share
+    parameters: list[nn.Parameter], ranks: Alone, window: Window
 ) -> tuple[list[bool], tuple[Share, ...]]:
     """Say that this rank is done; return of which parameters any rank has a gradient, and shares.
 
@@ -569,7 +625,8 @@ def _ended(
     if ranks.world > 1 and any(p.grad is not None and p.grad.is_sparse for p in parameters):
         raise BadInput("sparse gradients are not added over ranks", hint="Embedding(sparse=False)")
     own = sum(1 << i for i, is_held in enumerate(ranks.holds(parameters)) if is_held)
-    heard = ranks.exchange({"grads": f"{own:x}", "share": share, "layout": ranks.layout})
+    layout = ranks.layout if window.parts is None else f"{ranks.layout} and squares"
+    heard = ranks.exchange({"grads": f"{own:x}", "share": window.share, "layout": layout})
     if any(AGAIN in said for said in heard):
         raise OtherQuestions(is_first=False)
     layouts = dict.fromkeys(said["layout"] for said in heard)

@@ -90,6 +90,29 @@ def split(
     return micros
 
 
+def split_parts(
+    batch: HostBatch | list[Any],
+    parts: Sequence[Sequence[int]],
+    objective: Objective,
+    budget: Budget,
+    *,
+    shared: int | None = None,
+) -> list[list[Micro]]:
+    """Return the micro-batches of each part of an effective batch, as `split` cuts it by itself.
+
+    Args:
+        parts: The positions of the examples in each.
+    """
+    examples = list(batch)
+    return [
+        [
+            micro._replace(examples=tuple(part[i] for i in micro.examples))
+            for micro in split([examples[i] for i in part], objective, budget, shared=shared)
+        ]
+        for part in parts
+    ]
+
+
 class _Cut:
     """Cut items, the largest first, into runs.
 

@@ -130,12 +130,30 @@ class Recovery:
         )
 
 
+class Squares(NamedTuple):
+    """Tell how long a step's gradient is beside what its examples add to it.
+
+    Args:
+        gradient: |g|², the squared norm of the gradient of the effective batch.
+        examples: Sum over its examples of the squared norm of what each adds to g; an unbiased
+            estimate from parts of the batch that were drawn at random.
+        weights: The same sum of the examples' shares of the weight: at least 1 / examples, and more
+            where their weights differ. Of several terms: as if all weighed the same.
+        num_examples: Of the effective batch.
+    """
+
+    gradient: float
+    examples: float
+    weights: float
+    num_examples: int
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Step:
     """Tell what one `Accumulator.backward` did.
 
-    `loss`, `terms`, `seconds` and `nonfinite` wait for the device on first use; the others are
-    known on the host. Print it for a line that says it all.
+    `loss`, `terms`, `seconds`, `squares` and `nonfinite` wait for the device on first use; the
+    others are known on the host. Print it for a line that says it all.
 
     Args:
         micros: How the effective batch was cut, or this rank's share of it, in the order in which
@@ -176,6 +194,7 @@ class Step:
     _sums: Any = field(repr=False)
     _ran: tuple[int, ...] = field(repr=False)
     _late_weight: Any = field(repr=False)
+    _squares: Any = field(repr=False)  # shape (3,), or None
     _took: Callable[[], float] = field(repr=False)
     _wait: Callable[[], float] = field(repr=False)
 
@@ -210,6 +229,15 @@ class Step:
         self._wait()
         rows = self._losses.isfinite().all(dim=-1).tolist() if len(self._ran) else []
         return [self.micros[i] for i, ok in zip(self._ran, rows, strict=True) if not ok]
+
+    @property
+    def squares(self) -> Squares | None:
+        """Return what `NoiseScale` learns from this step; None where nothing was measured."""
+        if self._squares is None:
+            return None
+        self._wait()
+        gradient, examples, weights = self._squares.tolist()
+        return Squares(gradient, examples, weights, self.num_examples)
 
     @property
     def seconds(self) -> float:

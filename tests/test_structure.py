@@ -12,14 +12,15 @@ LAYERS = {
     "errors": 0,
     "types": 1, "trees": 1, "modules": 1,
     "padding": 2, "verdict": 2, "fitting": 2, "dealing": 2, "stored": 2, "compiled": 2,
-    "packing": 3, "state": 3,
+    "parts": 3, "packing": 3, "state": 3, "schedule": 2,
     "objective": 3, "batch": 3, "device": 3, "counters": 3, "reductions": 3, "restore": 3,
     "sync": 4, "sampler": 3, "stream": 3, "checkpoint": 5, "split": 4, "optimizers": 0,
     "rows": 4, "causal": 4,
     "engine": 5, "contract": 5, "trace": 5, "measures": 5,
-    "measured": 6, "weights": 6, "memory": 7, "diagnosis": 7, "audit": 8, "ranked": 9, "verify": 10,
-    "testing": 11, "integrations": 11, "bench": 11, "report": 12,
-    "cli": 13, "__main__": 14,
+    "measured": 6, "weights": 6, "memory": 7, "noise": 7, "diagnosis": 7,
+    "metrics": 8, "live": 9, "watch": 10, "audit": 8, "ranked": 9, "verify": 10,
+    "testing": 11, "integrations": 11, "bench": 11, "report": 11,
+    "cli": 12, "__main__": 13,
 }  # fmt: skip
 
 
