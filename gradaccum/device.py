@@ -168,37 +168,51 @@ def _lines(path: str) -> list[str]:
         return []
 
 
-def stopwatch(device: torch.device) -> Callable[[], Callable[[], float]]:
-    """Start timing; return `stop`, which returns `seconds`, which waits for the device.
+class Lap:
+    """Tell the seconds of a stopwatch when called, which waits for the device.
+
+    Args:
+        elapsed: On the CPU.
+        events: Of an accelerator's stream, where it began and where it ended.
+    """
+
+    def __init__(self, elapsed: float, events: tuple[torch.Event, torch.Event] | None) -> None:
+        self._elapsed, self._events = elapsed, events
+
+    def __call__(self) -> float:
+        if self._events is None:
+            return self._elapsed
+        start, end = self._events
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+
+    @property
+    def is_over(self) -> bool:
+        """Tell, without waiting, whether the device has got that far."""
+        return self._events is None or self._events[1].query()
+
+
+def stopwatch(device: torch.device) -> Callable[[], Lap]:
+    """Start timing; return `stop`, which returns the `Lap`.
 
     On an accelerator the times are those of events in its stream, so that neither starting nor
     stopping makes the host wait.
 
     Example:
         >>> stop = stopwatch(torch.device("cpu"))
-        >>> seconds = stop()
-        >>> seconds() >= 0
+        >>> lap = stop()
+        >>> lap.is_over and lap() >= 0
         True
     """
     if device.type == "cpu":
         begin = time.perf_counter()
-
-        def stop_cpu() -> Callable[[], float]:
-            elapsed = time.perf_counter() - begin
-            return lambda: elapsed
-
-        return stop_cpu
+        return lambda: Lap(time.perf_counter() - begin, None)
     start = torch.Event(device, enable_timing=True)
     start.record()
 
-    def stop() -> Callable[[], float]:
+    def stop() -> Lap:
         end = torch.Event(device, enable_timing=True)
         end.record()
-
-        def seconds() -> float:
-            end.synchronize()
-            return start.elapsed_time(end) / 1e3
-
-        return seconds
+        return Lap(0.0, (start, end))
 
     return stop

@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import logging
 import math
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -309,7 +310,7 @@ class Accumulator:
             raise
         hearing = Hearing(ranks)
         while True:
-            said, is_first = "", True
+            said, is_first, began = "", True, time.perf_counter()
             try:
                 step = self._attempt(batch, hearing)
                 self._last = dataclasses.replace(step, recoveries=tuple(recoveries))
@@ -337,7 +338,9 @@ class Accumulator:
                 device_memory.release(next(self.model.parameters()).device)
                 if said and not is_eased:
                     assert self._running is not None, "memory ran out in it"
-                    recoveries.append(self._shrink(self._running, said))
+                    recovery = self._shrink(self._running, said)
+                    seconds = time.perf_counter() - began
+                    recoveries.append(dataclasses.replace(recovery, seconds=seconds))
                     logger.warning(str(recoveries[-1]))
             except Exception as error:
                 ranks.fail(error)

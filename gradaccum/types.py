@@ -116,11 +116,13 @@ class Recovery:
         micro: What did not fit.
         limit: The budget that holds from then on.
         error: What the device said, its first line.
+        seconds: What was lost: from the step's beginning until then.
     """
 
     micro: Micro
     limit: Budget
     error: str
+    seconds: float = 0.0
 
     def __str__(self) -> str:
         return (
@@ -196,7 +198,7 @@ class Step:
     _late_weight: Any = field(repr=False)
     _squares: Any = field(repr=False)  # shape (3,), or None
     _took: Callable[[], float] = field(repr=False)
-    _wait: Callable[[], float] = field(repr=False)
+    _wait: Any = field(repr=False)  # a `device.Lap`
 
     @property
     def terms(self) -> dict[str, float]:
@@ -229,6 +231,11 @@ class Step:
         self._wait()
         rows = self._losses.isfinite().all(dim=-1).tolist() if len(self._ran) else []
         return [self.micros[i] for i, ok in zip(self._ran, rows, strict=True) if not ok]
+
+    @property
+    def is_over(self) -> bool:
+        """Tell, without waiting, whether the device is done with it, so that nothing here waits."""
+        return self._wait.is_over
 
     @property
     def squares(self) -> Squares | None:

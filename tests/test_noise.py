@@ -299,5 +299,8 @@ def test_the_advice_says_what_the_noise_scale_says():
     assert "the batch is above it" in above and "0.62 times the examples" in above
     unknown = Noise(None, 300.0, math.inf, -1.0, 900.0, 40)
     assert "above 300 examples" in advise(unknown, 32).summary
-    assert "not known yet" in advise(None, 32).summary
-    assert "cannot be told" in advise(Noise(None, 0.0, math.inf, -1.0, 9.0, 5), 32).summary
+    assert "noise scale not known: too few steps" in advise(None, 32).summary
+    assert (
+        "not known after 5 measured steps: their differences drown it"
+        in advise(Noise(None, 0.0, math.inf, -1.0, 9.0, 5), 32).summary
+    )

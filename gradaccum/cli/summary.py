@@ -1,6 +1,8 @@
 """What `gradaccum train` tells: before the run on stderr what and why, after it the result."""
 
+import contextlib
 import json
+import math
 import platform
 import statistics
 import sys
@@ -13,9 +15,11 @@ import datasets
 
 from gradaccum.causal import causal_lm
 from gradaccum.cli.arguments import Arguments
-from gradaccum.cli.progress import Metrics, padding_or_shared
 from gradaccum.cli.ranks import IS_FIRST
 from gradaccum.device import suppressing_out_of_memory
+from gradaccum.live import padding, trained
+from gradaccum.metrics import Line, finite
+from gradaccum.noise import Advice, advise
 from gradaccum.objective import length
 from gradaccum.split import split
 from gradaccum.types import Proof, counted
@@ -81,23 +85,62 @@ def _batch_line(trainer: Any, rows: list[Any], resume: str | None) -> str:
     return text
 
 
+def advice(trainer: Any) -> Advice | None:
+    """Return what the noise scale says about the effective batch; None where it is not known."""
+    noise = trainer.accumulation.watch.noise
+    found = noise.estimate if noise is not None else None
+    if found is None:
+        return None
+    optimizer = trainer.accumulation.optimizer
+    betas = optimizer.param_groups[0].get("betas") if optimizer is not None else None
+    return advise(
+        found,
+        trainer.accumulation.effective_batch_size,
+        learning_rate=trainer.args.learning_rate,
+        beta2=betas[1] if betas else None,
+    )
+
+
+def totals(path: Path, first_step: int) -> dict[str, Any]:
+    """Return sums over the lines of a metrics file after a step, and the losses at its ends."""
+    lines: list[Line] = []
+    with contextlib.suppress(FileNotFoundError):  # there was no step
+        lines = [json.loads(text) for text in path.read_text(encoding="utf-8").splitlines()]
+    lines = [line for line in lines if line["step"] > first_step]
+    losses = [math.nan if line["loss"] is None else line["loss"] for line in lines]
+    edge = max(1, min(5, len(losses) // 2))
+    return {
+        "steps": len(lines),
+        "samples": sum(line["num_examples"] for line in lines),
+        "trained_tokens": round(sum(trained(line) for line in lines)),
+        "tokens": sum(line["useful_tokens"] for line in lines),
+        "padded": sum(line["padded_tokens"] for line in lines),
+        "seconds": sum(line["seconds"] for line in lines),
+        "loss_before": statistics.fmean(losses[:edge]) if losses else None,
+        "loss_after": statistics.fmean(losses[-edge:]) if losses else None,
+        "is_finite": all(map(math.isfinite, losses)),
+    }
+
+
 def summarise(
-    trainer: Any, arguments: Arguments, output: Path, metrics: Metrics, proof: Proof | None
+    trainer: Any, arguments: Arguments, output: Path, found: dict[str, Any], proof: Proof | None
 ) -> None:
     """Print the result on stdout."""
-    totals, losses = metrics.totals, metrics.losses
-    edge = max(1, min(5, len(losses) // 2))
+    found, is_finite = dict(found), found["is_finite"]
+    measured = trainer.accumulation.watch.noise
+    noise = measured.estimate if measured is not None else None
+    del found["is_finite"]
+    edge = max(1, min(5, found["steps"] // 2))
     adapter = (output / "adapter_config.json").is_file()
     loader = "AutoPeftModelForCausalLM" if adapter else "AutoModelForCausalLM"
     package = "peft" if adapter else "transformers"
     summary = {
         "step": trainer.state.global_step,
         "effective_batch_size": trainer.accumulation.effective_batch_size,
-        **totals,
-        "tokens_per_second": totals["tokens"] / max(totals["seconds"], 1e-9),
-        "padding": 1 - totals["tokens"] / max(1, totals["padded"]),
-        "loss_before": statistics.fmean(losses[:edge]) if losses else None,
-        "loss_after": statistics.fmean(losses[-edge:]) if losses else None,
+        **found,
+        "tokens_per_second": found["tokens"] / max(found["seconds"], 1e-9),
+        "padding": 1 - found["tokens"] / max(1, found["padded"]),
+        "noise": None if noise is None else finite(asdict(noise)),
         "proof": None if proof is None else asdict(proof),
         "output_dir": str(output),
     }
@@ -105,20 +148,23 @@ def summarise(
         print(json.dumps(summary))
         return
     print(
-        f"trained   {counted(totals['steps'], 'step')}, {counted(totals['samples'], 'sample')}, "
-        f"{totals['trained_tokens']:,} trained of {totals['tokens']:,} tokens "
-        f"in {totals['seconds']:.0f} s ({summary['tokens_per_second']:,.0f} tokens/s), "
-        f"{padding_or_shared(totals['tokens'], totals['padded'])}"
+        f"trained   {counted(found['steps'], 'step')}, {counted(found['samples'], 'sample')}, "
+        f"{found['trained_tokens']:,} trained of {found['tokens']:,} tokens "
+        f"in {found['seconds']:.0f} s ({summary['tokens_per_second']:,.0f} tokens/s), "
+        f"{padding({'useful_tokens': found['tokens'], 'padded_tokens': found['padded']})}"
     )
-    if losses:
+    if found["steps"]:
         print(
             f"loss      {summary['loss_before']:.4f} -> {summary['loss_after']:.4f} "
             f"({'' if edge == 1 else 'means of '}the first and the last "
             f"{'step' if edge == 1 else counted(edge, 'step')})"
         )
-    if not metrics.is_finite:
+    if not is_finite:
         print("          the loss is not finite: what was saved is of no use; metrics.jsonl tells")
         print("          since when (lower --learning_rate, or resume from before)")
+    said = advice(trainer)
+    if said is not None:
+        print(f"noise     {said.summary}")
     print(f"proof     {proof or 'skipped: the full batch does not fit into memory at once'}")
     print(f"saved     {output}, metrics in {output / 'metrics.jsonl'}")
     print(f"load it   from {package} import {loader}")

@@ -25,16 +25,18 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils.import_utils import is_liger_kernel_available
 from trl import SFTTrainer, get_peft_config, get_quantization_config
 
-from gradaccum.cli import data, embedded, final
+from gradaccum.cli import data, embedded, final, record
 from gradaccum.cli.arguments import Arguments, parse
-from gradaccum.cli.progress import Finished, Metrics, Progress, Samples, StopOnSignal
 from gradaccum.cli.ranks import IS_FIRST, RESTARTS, decided
-from gradaccum.cli.summary import describe, prove, say, summarise
+from gradaccum.cli.signals import Finished, StopOnSignal
+from gradaccum.cli.summary import advice, describe, prove, say, summarise, totals
 from gradaccum.device import is_out_of_memory
 from gradaccum.errors import BadInput, DoesNotFit
 from gradaccum.integrations.hf import attach
 from gradaccum.integrations.saving import sweep
+from gradaccum.integrations.watching import Watching
 from gradaccum.types import IGNORE_INDEX
+from gradaccum.watch import METRICS
 
 FLAGS = "flags.json"  # in the output directory: with what the run began
 AUTO = "auto"  # the last checkpoint if there is one, else from the beginning
@@ -79,17 +81,18 @@ def _run(words: list[str]) -> int:
         with contextlib.suppress(OSError):  # something is in it: leave it
             output.rmdir()
         raise
-    stop, samples = StopOnSignal(trainer.accumulation), Samples(trainer)
-    metrics = Metrics(trainer.accumulation, samples, output / "metrics.jsonl")
+    stop = StopOnSignal(trainer.accumulation)
     trainer.add_callback(stop)
+    trainer.add_callback(Watching(trainer))
+    begun: record.Record = {}
     if IS_FIRST:
-        trainer.add_callback(Progress(trainer.accumulation, samples))
-        trainer.add_callback(metrics)
         describe(trainer, arguments, output, resume)
         kept = _without(words, "--resume_from_checkpoint")
         if "effective_batch_size" not in arguments.given:  # on other ranks it would be another
             kept += ["--effective_batch_size", str(arguments.effective_batch_size)]
         (output / FLAGS).write_text(json.dumps(kept))
+        begun = record.begin(trainer, arguments, kept, resume)
+        record.write(begun, output)
     try:
         trainer.train(resume_from_checkpoint=resume)
     except Finished as done:
@@ -105,14 +108,19 @@ def _run(words: list[str]) -> int:
         stop.restore()
     if stop.stopped and stop.received is not None:
         saved = str(output / f"checkpoint-{trainer.state.global_step}")
+        if IS_FIRST:
+            record.write(record.end(begun, trainer, "stopped", None, advice(trainer)), output)
         say(f"stopped by {signal.Signals(stop.received).name}, saved {saved}")
         say(f"go on with: gradaccum train {shlex.join(['--resume_from_checkpoint', saved])}")
         return 128 + stop.received
     final.write(trainer, output)
     proof = prove(trainer)
+    found = decided(lambda: totals(output / METRICS, trainer.accumulation.watch.first_step))
     if IS_FIRST:
-        summarise(trainer, arguments, output, metrics, proof)
-    return 0 if metrics.is_finite else 1
+        said = advice(trainer)
+        record.write(record.end(begun, trainer, "finished", proof, said), output)
+        summarise(trainer, arguments, output, found, proof)
+    return 0 if found["is_finite"] else 1
 
 
 def _quiet() -> None:

@@ -15,7 +15,7 @@ from transformers.trainer_utils import has_length
 
 from gradaccum.batch import Collate, Listed
 from gradaccum.causal import causal_lm
-from gradaccum.device import is_out_of_memory
+from gradaccum.device import Lap, is_out_of_memory, stopwatch
 from gradaccum.engine import Accumulator, Window
 from gradaccum.errors import BadInput, DoesNotFit
 from gradaccum.integrations.positions import place, sampler_of
@@ -27,6 +27,7 @@ from gradaccum.optimizers import materialize
 from gradaccum.sampler import EffectiveBatchSampler
 from gradaccum.split import split
 from gradaccum.types import Budget, Step
+from gradaccum.watch import Watch
 
 # A CPU runs micro-batches of 512 tokens as fast as larger ones (docs/log.md), so more rows at once
 # would only pad and take memory. An accelerator has no such small knee.
@@ -186,6 +187,7 @@ class Accumulation:
         self.memory = memory
         self.found: Found | None = None
         self.may_checkpoint = False  # whether gradient checkpointing is to be chosen as well
+        self.watch: Watch | None = None  # of a run, if somebody watches it
         self.metrics_every: int | None = None  # steps, for what takes another pass; None: as logged
         self.sampler: EffectiveBatchSampler | None = None  # if the loader of a run has one
         self.begin()
@@ -201,6 +203,8 @@ class Accumulation:
         self.accumulator: Accumulator | None = None
         self.optimizer: Any = None
         self.is_stepping = False  # the optimizer, just now
+        self.optimizer_lap: Lap | None = None  # of its last step
+        self.spent: dict[str, float] = {}  # seconds of the step that runs
         self.is_laid_out = False  # whether it is known if micro-batches run packed
 
     def read(self, sampler: EffectiveBatchSampler) -> None:
@@ -256,11 +260,13 @@ class OptimizerStep(TrainerCallback):
                 hint=LESS_STATE,
             )
 
-    def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
+    def on_pre_optimizer_step(self, args: TrainingArguments, *_: Any, **__: Any) -> None:
         self._accumulation.is_stepping = True
+        self._stop = stopwatch(args.device)
 
     def on_optimizer_step(self, *_: Any, train_dataloader: Any = None, **__: Any) -> None:
         self._accumulation.is_stepping = False
+        self._accumulation.optimizer_lap = self._stop()
         sampler = sampler_of(train_dataloader)
         if sampler is not None:
             sampler.commit()
@@ -268,6 +274,7 @@ class OptimizerStep(TrainerCallback):
 
 KEPT = (
     "effective_batch_size", "contract", "budget", "checkpointing", "packed", "settings", "position",
+    "noise",
 )  # fmt: skip
 
 
@@ -287,6 +294,7 @@ class SameBatch(TrainerCallback, ExportableState):
         self.packed: bool | None = None  # whether micro-batches run without padding, if it is known
         self.settings: dict[str, Any] = {}
         self.position: dict[str, Any] | None = None  # of an EffectiveBatchSampler
+        self.noise: dict[str, Any] | None = None  # of a NoiseScale
 
     def state(self) -> dict[str, Any]:
         return {"args": {}, "attributes": {name: getattr(self, name) for name in KEPT}}
@@ -314,6 +322,7 @@ class SameBatch(TrainerCallback, ExportableState):
         self.checkpointing = entry["attributes"].get("checkpointing")
         self.packed = entry["attributes"].get("packed") if state.global_step else None
         self.position = entry["attributes"].get("position") if state.global_step else None
+        self.noise = entry["attributes"].get("noise") if state.global_step else None
         loader = given.get("train_dataloader")
         data, sampler = getattr(loader, "dataset", None), sampler_of(loader)
         before, self.settings = entry["attributes"].get("settings"), settings_of(args, data)

@@ -21,6 +21,7 @@ import functools
 import importlib
 import itertools
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -88,6 +89,8 @@ class Attached(Evaluated, Saved):
             said = str(error).splitlines()[0]
         finally:
             self.accumulation.window = None
+            if self.accumulation.watch is not None:
+                self.accumulation.watch.close()
         last = get_last_checkpoint(folder) if os.path.isdir(folder) else None
         raise DoesNotFit(
             f"memory ran out in the optimizer's step {self.state.global_step + 1}, which is not "
@@ -154,7 +157,10 @@ class Attached(Evaluated, Saved):
     ) -> tuple[list[Any], None]:
         # Nothing is collated here, so that on resume collators draw after the random state is
         # restored; and there is nothing to count before it is.
-        return list(itertools.islice(epoch_iterator, num_batches)), None
+        begin = time.perf_counter()
+        batches = list(itertools.islice(epoch_iterator, num_batches))
+        self.accumulation.spent["data"] = time.perf_counter() - begin
+        return batches, None
 
     def training_step(
         self, model: nn.Module, inputs: Any, num_items_in_batch: Tensor | int | None = None
@@ -194,8 +200,17 @@ class Attached(Evaluated, Saved):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         sampler = sampler_of(self.callback_handler.train_dataloader)
-        self._kept().position = None if sampler is None else sampler.state_dict()
+        kept, watch = self._kept(), self.accumulation.watch
+        kept.position = None if sampler is None else sampler.state_dict()
+        noise = watch.noise if watch is not None else None
+        kept.noise = noise.state_dict() if noise is not None else None
         super()._save_checkpoint(model, trial)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        watch = self.accumulation.watch
+        if watch is not None and "loss" in logs:
+            logs |= {f"gradaccum/{name}": value for name, value in watch.figures().items()}
+        super().log(logs, *args, **kwargs)
 
     def get_total_train_batch_size(self, args: TrainingArguments) -> int:
         return self.accumulation.effective_batch_size
@@ -267,14 +282,17 @@ class Attached(Evaluated, Saved):
         """Cut and count a batch, once it is known what the loss divides by."""
         accumulation, accumulator = self.accumulation, self._accumulator(model)
         accumulation.window = None  # the last one's inputs go before these are collated
+        begin = time.perf_counter()
         self._lay_out(accumulator, given)
         if accumulation.cut.budget is None and self.is_in_train and given.examples:
             self._find(accumulator, given)
+        accumulation.spent["measuring"] = time.perf_counter() - begin
         accumulator.budget = accumulation.cut.budget_for(given.examples)
         batch = Listed(given.examples, self.data_collator, given.ready)
         assert accumulation.measured is not None, "made with the accumulator"
         window = accumulation.window = accumulator.prepare(batch)
         self._kept().keep(accumulation.measured)
+        accumulation.spent["prepare"] = time.perf_counter() - begin
         return window
 
     def _lay_out(self, accumulator: Accumulator, given: Examples) -> None:
@@ -338,6 +356,8 @@ class Attached(Evaluated, Saved):
                 backward=self.accelerator.backward,
                 after_micro=self._after_micro,
             )
+            if accumulation.watch is not None:
+                accumulation.watch.follow(current, self._kept().noise)
         return current
 
     def _measured(self, model: nn.Module) -> Measured:

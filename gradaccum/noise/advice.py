@@ -96,11 +96,11 @@ def advise(
     size = effective_batch_size
     begin = f"effective batch {size:,}; "
     if noise is None:
-        return Advice(f"{begin}the noise scale is not known yet: too few steps were measured.", ())
+        return Advice(f"{begin}noise scale not known: too few steps were measured.", ())
     begin += str(noise)
     scale = noise.scale if noise.scale is not None else noise.low
     if noise.scale is None and not noise.low:
-        return Advice(f"{begin}: it cannot be told yet; measure more steps.", ())
+        return Advice(f"{begin}: their differences drown it; more steps will tell.", ())
     saved = _saved(scale, size)
     bounds = f"{_saved(noise.low, size):.2f} to {_saved(noise.high, size):.2f}"
     examples = _examples(scale, size, 2 * size)

@@ -26,7 +26,7 @@ from typing import Any
 from gradaccum.engine import Accumulator
 from gradaccum.errors import BadInput
 from gradaccum.sync.choose import is_sharded
-from gradaccum.types import Squares, Step
+from gradaccum.types import Squares, Step, counted
 
 CONFIDENCE = 0.95
 LEAST = 5  # measured steps, before which nothing is said
@@ -37,9 +37,10 @@ class Noise:
     """Hold an estimate of the noise scale. Print it for a sentence.
 
     Args:
-        scale: tr Σ / |G|², in examples; None where the estimate of |G|² is not above zero.
+        scale: tr Σ / |G|², in examples; None where it has no upper bound yet, since the estimate of
+            |G|² is not told from zero.
         low: Lower end of the 95% interval.
-        high: Its upper end; infinite where the data set no bound.
+        high: Its upper end; infinite where there is none.
         gradient_squared: |G|², averaged.
         variance: tr Σ of one example, averaged.
         num_steps: How many steps were measured.
@@ -53,10 +54,12 @@ class Noise:
     num_steps: int
 
     def __str__(self) -> str:
+        if self.scale is None and not self.low:
+            return f"noise scale not known after {counted(self.num_steps, 'measured step')}"
         if self.scale is None:
             return f"noise scale above {about(self.low)} examples"
-        high = " or more" if math.isinf(self.high) else f" to {about(self.high)}"
-        return f"noise scale about {about(self.scale)} examples ({about(self.low)}{high})"
+        bounds = f"{about(self.low)} to {about(self.high)}"
+        return f"noise scale about {about(self.scale)} examples ({bounds})"
 
 
 class NoiseScale:
@@ -178,7 +181,7 @@ class _Moments:
         share = 1 / (enough - 1)
         of_x, of_xy, of_y = (share * v for v in (xx - x * x, xy - x * y, yy - y * y))
         low, high = fieller(x, y, of_x, of_xy, of_y, quantile(CONFIDENCE, enough - 1))
-        scale = y / x if x > 0 and y > 0 else None
+        scale = None if math.isinf(high) else max(0.0, y / x)
         return Noise(scale, low, high, x, y, int(num))
 
 
