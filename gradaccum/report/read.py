@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from gradaccum.errors import BadInput
+from gradaccum.metrics import SCHEMA
 from gradaccum.types import counted
+from gradaccum.watch import METRICS
 
-SCHEMA = 1
 MOST = sys.float_info.max
-METRICS, RUN, FLAGS = "metrics.jsonl", "run.json", "flags.json"
+RUN, FLAGS = "run.json", "flags.json"
 
 
 @dataclass(slots=True)
