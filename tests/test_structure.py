@@ -12,6 +12,7 @@ LAYERS = {
     "errors": 0,
     "types": 1, "trees": 1, "modules": 1,
     "padding": 2, "verdict": 2, "fitting": 2, "dealing": 2, "stored": 2, "compiled": 2,
+    "schedule": 2,
     "packing": 3, "state": 3,
     "objective": 3, "batch": 3, "device": 3, "counters": 3, "reductions": 3, "restore": 3,
     "sync": 4, "sampler": 3, "stream": 3, "checkpoint": 5, "split": 4, "optimizers": 0,
