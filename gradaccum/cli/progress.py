@@ -27,6 +27,7 @@ class Samples:
     """
 
     def __init__(self, trainer: Any) -> None:
+        self._accumulation = trainer.accumulation
         self._size = trainer.accumulation.effective_batch_size
         is_sized = has_length(trainer.train_dataset)
         self._epoch = len(trainer.train_dataset) if is_sized else None
@@ -35,6 +36,8 @@ class Samples:
 
     def after(self, steps: int) -> int:
         """Return the samples of the first `steps` steps."""
+        if self._accumulation.ends:  # by a schedule
+            return self._accumulation.ends[steps]
         if not self._epoch:
             return steps * self._size
         epochs, rest = divmod(steps, -(-self._epoch // self._size))
