@@ -16,6 +16,9 @@ therefore have to be the same on all ranks but for `rank`. Data without length o
 """
 
 import bisect
+import itertools
+import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence, Sized
 from typing import Any, NamedTuple
 
@@ -38,6 +41,7 @@ from gradaccum.dealing import (
     whole,
 )
 from gradaccum.errors import BadInput
+from gradaccum.schedule import BatchSchedule
 from gradaccum.types import counted
 
 ORDER, COPIES = 0, 1  # what a hash is for: the two do not depend on each other
@@ -52,15 +56,18 @@ class Part(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Locate an effective batch: its epoch, that epoch's begin and end, and its own begin.
+    """Locate an effective batch: its epoch, that epoch's begin and end, and its own.
 
-    Positions count the examples of all epochs, those that `drop_last` leaves out included.
+    Positions count the examples of all epochs, those that `drop_last` leaves out included. `done`
+    is what the schedule counts, before the batch.
     """
 
     epoch: int
     begin: int
     end: int
     at: int
+    over: int
+    done: int
 
 
 class EffectiveBatchSampler(Sampler[list[int]]):
@@ -69,7 +76,8 @@ class EffectiveBatchSampler(Sampler[list[int]]):
     The effective batches are a function of the seed and the number of examples consumed:
 
         order = examples of the epoch, sorted by hash(seed, epoch, example)
-        batch = order[consumed : consumed + effective_batch_size]     an epoch's last may be short
+        size  = schedule.size_at(steps, samples or tokens so far)     or one number
+        batch = order[consumed : consumed + size]                     an epoch's last may be short
         share = deal(costs of batch, world)[rank]
 
     The world size only decides who computes which example. It may change at any step, and so may
@@ -82,7 +90,8 @@ class EffectiveBatchSampler(Sampler[list[int]]):
 
     Args:
         data: The data set, or its number of examples.
-        effective_batch_size: Examples of one optimizer step, on all ranks.
+        effective_batch_size: Examples of one optimizer step, on all ranks; or a `BatchSchedule`, or
+            its spelling: "32:0,64:10k". One by tokens takes `costs` as these.
         costs: What each example costs to compute, in any unit (tokens, seconds), or a function of
             the index, which is asked for each example of each effective batch on each rank. None:
             all the same. It decides the shares and so has to be the same on all ranks.
@@ -112,7 +121,7 @@ class EffectiveBatchSampler(Sampler[list[int]]):
     def __init__(
         self,
         data: Sized | int,
-        effective_batch_size: int,
+        effective_batch_size: int | str | BatchSchedule,
         *,
         costs: Sequence[float] | Tensor | Callable[[int], float] | None = None,
         shuffle: bool = True,
@@ -126,23 +135,39 @@ class EffectiveBatchSampler(Sampler[list[int]]):
         # Not super().__init__(): beside a sampler of another framework it would be that one's.
         num = len(data) if isinstance(data, Sized) else data
         self.num_examples = whole("the number of examples", num, 1)
-        self.effective_batch_size = whole("effective_batch_size", effective_batch_size, 1)
+        self.schedule = BatchSchedule.of(effective_batch_size)
         self.seed, self.shuffle = whole("seed", seed, None), flag("shuffle", shuffle)
         self.drop_last = flag("drop_last", drop_last)
         self.rank, self.world = standing(rank, world)
         self._ask = costs if callable(costs) else None
         self._costs = None if callable(costs) or costs is None else numbers("costs", costs, num)
+        self._tokens = self._as_tokens() if self.schedule.unit == "tokens" else None
         self._speeds = [(0, relative(speeds, self.world))]
         self._weigh(weights)
         self._history = [Part(self.seed, self.shuffle, 0)]
         self._lengths: dict[int, int] = {}  # of epochs, where they differ
         self._cached: tuple[Place, Tensor] | None = None
+        self._totals: Tensor | None = None  # tokens of the cached epoch before each position
         self._pass: _Pass | None = None  # the latest
         self._read = 0  # the position up to which any pass has read
         self._num_moves = 0
         self._is_committed = self._is_loaded = False
-        self._place = Place(0, 0, 0, 0)
-        self._place = self._locate(0)
+        self._origin = self._place = self._fitted(0, 0, 0, 0)
+
+    def _as_tokens(self) -> Tensor:
+        """Return the costs as numbers of tokens, int64, shape (examples,)."""
+        if self._costs is None:
+            raise BadInput(
+                f"the schedule {self.schedule} counts tokens, and costs do not tell those of each "
+                "example",
+                hint="costs=[the number of tokens of each example], or a schedule by samples",
+            )
+        tokens = self._costs.long()
+        if bool((tokens != self._costs).any()):
+            raise BadInput(
+                f"the schedule {self.schedule} counts tokens, and costs are no whole numbers"
+            )
+        return tokens
 
     def _weigh(self, weights: Sequence[float] | Tensor | None) -> None:
         self._fraction = self._copies = self._digest = None
@@ -156,7 +181,7 @@ class EffectiveBatchSampler(Sampler[list[int]]):
             least, expected = int(self._copies.sum()), float(given.sum())
             self._fraction = self._fraction if bool(self._fraction.any()) else None
         self._least = least  # the length of every epoch, or what the fractions add to
-        need = self.effective_batch_size if self.drop_last else 1
+        need = self.schedule.largest if self.drop_last else 1
         if expected < need:
             raise BadInput(
                 f"an epoch has {expected:g} examples, and drop_last leaves out what does not fill "
@@ -165,6 +190,11 @@ class EffectiveBatchSampler(Sampler[list[int]]):
                 else f"the weights sum to {expected:g}: an epoch would have no example",
                 hint="drop_last=False, or a smaller effective_batch_size" if self.drop_last else "",
             )
+
+    @property
+    def effective_batch_size(self) -> int:
+        """Return the size of the effective batch at the position, by the schedule."""
+        return self.schedule.size_at(self._place.done)
 
     @property
     def consumed(self) -> int:
@@ -190,8 +220,32 @@ class EffectiveBatchSampler(Sampler[list[int]]):
     def __iter__(self) -> "Iterator[list[int]]":
         return _Pass(self)
 
+    def num_batches(self, epochs: float) -> int:
+        """Return how many effective batches so many epochs have, from the position on.
+
+        That is what a schedule of the learning rate takes as its number of steps. Of half an epoch
+        it is half of its batches, rounded up.
+        """
+        number("epochs", epochs)
+        first = self._place.epoch
+        read = itertools.takewhile(lambda place: place.epoch - first < epochs, self.places())
+        num_of = Counter(place.epoch - first for place in read)
+        return sum(math.ceil(min(epochs - epoch, 1) * num) for epoch, num in num_of.items())
+
+    def places(self) -> Iterator[Place]:
+        """Yield where effective batches are from the position on, without end; nothing is read."""
+        place = self._place
+        while True:
+            yield place
+            place = self._next(place)
+
     def batch(self, consumed: int) -> list[int]:
-        """Return the indices of the effective batch that begins after that many examples."""
+        """Return the indices of the effective batch that begins after that many examples.
+
+        Raises:
+            BadInput: By a schedule of steps or tokens none does, or the position is before the one
+                that was loaded.
+        """
         return self._batch(self._locate(whole("consumed", consumed, 0))).tolist()
 
     def shares(self, consumed: int) -> list[list[int]]:
@@ -230,14 +284,12 @@ class EffectiveBatchSampler(Sampler[list[int]]):
         is_over = self._pass is not None and self._pass.is_over
         if self._is_committed or self._is_loaded or (epoch == self.epoch and not is_over):
             return
+        place = self._origin
         if self._fraction is None:
-            self._move(epoch * self._least)
-            return
-        place = Place(0, 0, self._length(0, 0), 0)
+            place = self._locate(epoch * self._least)
         while place.epoch < epoch:
-            begin, after = place.end, place.epoch + 1
-            place = Place(after, begin, begin + self._length(after, begin), begin)
-        self._move(place.at)
+            place = self._next(place)
+        self._move(place)
 
     def rebalance(self, speeds: Sequence[float], *, at: int | None = None, ahead: int = 32) -> int:
         """Let the shares follow other speeds, from a batch on that no rank has read yet.
@@ -275,7 +327,8 @@ class EffectiveBatchSampler(Sampler[list[int]]):
     def state_dict(self) -> dict[str, Any]:
         """Return the position and what it means, in numbers that JSON can hold.
 
-        There is no rank, world size, step or batch size in it.
+        There is no rank, world size or batch size in it. By a schedule of steps or tokens there is
+        their number so far.
         """
         return self._state(self._place)
 
@@ -283,15 +336,18 @@ class EffectiveBatchSampler(Sampler[list[int]]):
         """Go on where a state was taken.
 
         If seed or `shuffle` are others than the state's, what is left of its epoch comes in the
-        order of this sampler.
+        order of this sampler. Its size or schedule holds from there on.
 
         Raises:
-            BadInput: The state is of other data, weights or `drop_last`.
+            BadInput: The state is of other data, weights or `drop_last`, or does not tell what the
+                schedule counts.
         """
         try:
             history = [Part(int(s), bool(x), int(b)) for s, x, b in state["history"]]
             epoch, begin, at = (int(state[key]) for key in ("epoch", "epoch_begin", "consumed"))
             found = state["examples"], state["weights"], state["drop_last"]
+            unit = self.schedule.unit
+            done = at if unit == "samples" else int(state.get(unit, -1))
             if not history or history[0].begin or not 0 <= begin <= at or epoch < 0:
                 raise ValueError(f"{history=}, {epoch=}, epoch_begin={begin}, consumed={at}")
         except (KeyError, TypeError, ValueError) as error:
@@ -303,20 +359,27 @@ class EffectiveBatchSampler(Sampler[list[int]]):
                     f"the state was saved with {name}={saved!r}, and this sampler has {mine!r}",
                     hint="resume with the same data, weights and drop_last",
                 )
+        if done < 0:
+            raise BadInput(
+                f"the schedule {self.schedule} counts {unit}, and the state does not tell how many "
+                "there were",
+                hint="a schedule in the unit of that run, or by samples",
+            )
         self._history = history
         self._lengths.clear()
         if history[-1][:2] != (self.seed, self.shuffle):
             kept = [part for part in history if part.begin < at]
             self._history = [*kept, Part(self.seed, self.shuffle, at)]
-        self._place = Place(epoch, begin, begin, begin)  # where the search for it begins
         self._speeds = [(0, self._speeds[-1][1])]
         self._is_loaded = True
         self._is_committed = bool(state.get("is_committed", True))
         self._cached = None
-        self._move(at)
+        self._origin = self._fitted(epoch, begin, at, done)
+        self._move(self._origin)
 
     def _state(self, place: Place) -> dict[str, Any]:
-        return {
+        unit = self.schedule.unit
+        return ({} if unit == "samples" else {unit: place.done}) | {
             "consumed": place.at,
             "epoch": place.epoch,
             "epoch_begin": place.begin,
@@ -327,8 +390,8 @@ class EffectiveBatchSampler(Sampler[list[int]]):
             "is_committed": self._is_committed,
         }
 
-    def _move(self, consumed: int) -> None:
-        self._place = self._locate(consumed)
+    def _move(self, place: Place) -> None:
+        self._place = place
         self._pass, self._read = None, self._place.at
         self._num_moves += 1
 
@@ -349,26 +412,56 @@ class EffectiveBatchSampler(Sampler[list[int]]):
 
     def _locate(self, consumed: int) -> Place:
         """Find the effective batch that begins there; what `drop_last` leaves out has none."""
-        epoch, begin = 0, 0
-        if self._fraction is None:
-            epoch = consumed // self._least
-            begin = epoch * self._least
-        elif consumed >= self._place.begin:  # a shortcut: lengths of earlier epochs take time
-            epoch, begin = self._place[:2]
+        if self.schedule.unit == "samples":
+            epoch, begin = 0, 0
+            if self._fraction is None:
+                epoch = consumed // self._least
+                begin = epoch * self._least
+            elif consumed >= self._place.begin:  # a shortcut: lengths of earlier epochs take time
+                epoch, begin = self._place[:2]
+            return self._fitted(epoch, begin, consumed, 0)
+        place = self._place if self._place.at <= consumed else self._origin
+        while place.at < consumed:
+            over, place = place.over, self._next(place)
+            if over <= consumed <= place.at:
+                return place
+        if place.at > consumed:
+            raise BadInput(
+                f"by the schedule {self.schedule} no effective batch that is known begins after "
+                f"{consumed:,} examples",
+                hint="one before it can be skipped by commit()",
+            )
+        return place
+
+    def _fitted(self, epoch: int, begin: int, at: int, done: int) -> Place:
+        """Return the effective batch there, or in the next epoch where nothing is left for it."""
         while True:
             end = begin + self._length(epoch, begin)
-            if end - consumed >= (self.effective_batch_size if self.drop_last else 1):
-                return Place(epoch, begin, end, consumed)
-            epoch, begin, consumed = epoch + 1, end, max(consumed, end)
+            done = at if self.schedule.unit == "samples" else done
+            size = self.schedule.size_at(done)
+            if end - at >= (size if self.drop_last else 1):
+                return Place(epoch, begin, end, at, min(at + size, end), done)
+            epoch, begin, at = epoch + 1, end, max(at, end)
 
     def _next(self, place: Place) -> Place:
-        return self._locate(min(place.at + self.effective_batch_size, place.end))
+        done = place.done
+        if self.schedule.unit == "steps":
+            done += 1
+        elif self._tokens is not None:
+            self._order(place)
+            assert self._totals is not None, "cached with the order"
+            first, last = self._totals[[place.at - place.begin, place.over - place.begin]].tolist()
+            done += last - first
+        return self._fitted(place.epoch, place.begin, place.over, done)
 
     def _num_batches(self, place: Place) -> int:
-        left = place.end - place.at
-        return (left if self.drop_last else left + self.effective_batch_size - 1) // (
-            self.effective_batch_size
-        )
+        epoch, num = place.epoch, 0
+        while not self.schedule.is_final(place.done) and place.epoch == epoch:
+            num, place = num + 1, self._next(place)
+        if place.epoch != epoch:
+            return num
+        left, size = place.end - place.at, self.schedule.size_at(place.done)
+        return num + (left if self.drop_last else left + size - 1) // size
 
     def _length(self, epoch: int, begin: int) -> int:
         if self._fraction is None:
@@ -408,11 +501,13 @@ class EffectiveBatchSampler(Sampler[list[int]]):
                 keys = hashes(rest, ORDER, seed, place.epoch) if shuffle else rest
                 ids = torch.cat([ids[:done], rest[keys.argsort(stable=True)]])
             self._cached = place, ids % self.num_examples
+            if self._tokens is not None:
+                each = self._tokens[self._cached[1]]
+                self._totals = torch.cat([each.new_zeros(1), each.cumsum(0)])
         return self._cached[1]
 
     def _batch(self, place: Place) -> Tensor:
-        begin = place.at - place.begin
-        return self._order(place)[begin : begin + self.effective_batch_size]
+        return self._order(place)[place.at - place.begin : place.over - place.begin]
 
     def _shares(self, place: Place) -> list[list[int]]:
         batch = self._batch(place)

@@ -17,6 +17,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from gradaccum.dealing import deal, flag, number, relative, standing, whole
 from gradaccum.errors import BadInput
+from gradaccum.schedule import BatchSchedule
 
 
 class EffectiveBatchStream(IterableDataset[list[Any]]):
@@ -76,6 +77,11 @@ class EffectiveBatchStream(IterableDataset[list[Any]]):
         num_batches: int | None = None,
     ) -> None:
         self.data, self.cost = data, cost
+        if isinstance(effective_batch_size, str | BatchSchedule):
+            raise BadInput(
+                "a stream takes one effective_batch_size, and no schedule",
+                hint="EffectiveBatchSampler, for data with a length",
+            )
         size = whole("effective_batch_size", effective_batch_size, 1)
         self.effective_batch_size = size
         self.drop_last = flag("drop_last", drop_last)

@@ -1,5 +1,6 @@
 """What an attached trainer carries: how a step is cut, its examples, the last step."""
 
+import contextlib
 import dataclasses
 import pickle
 import warnings
@@ -18,13 +19,14 @@ from gradaccum.causal import causal_lm
 from gradaccum.device import Lap, is_out_of_memory, stopwatch
 from gradaccum.engine import Accumulator, Window
 from gradaccum.errors import BadInput, DoesNotFit
-from gradaccum.integrations.positions import place, sampler_of
+from gradaccum.integrations.positions import is_scheduled, place, sampler_of
 from gradaccum.integrations.saving import changes, settings_of
 from gradaccum.measured import Measured, restored
 from gradaccum.memory.auto import Found
 from gradaccum.objective import length
 from gradaccum.optimizers import materialize
 from gradaccum.sampler import EffectiveBatchSampler
+from gradaccum.schedule import BatchSchedule
 from gradaccum.split import split
 from gradaccum.types import Budget, Step
 from gradaccum.watch import Watch
@@ -167,7 +169,7 @@ class Accumulation:
     """Hold what an attached trainer accumulates with: `trainer.accumulation`.
 
     Args:
-        effective_batch_size: Examples in one step.
+        schedule: Examples in one step; `effective_batch_size` is that of the current one.
         cut: How large a micro-batch may be.
         memory: What there is for micro-batches, if how large they are is to be found.
         is_stated: Whether the effective batch size was; else a sampler of the user's decides.
@@ -175,13 +177,13 @@ class Accumulation:
 
     def __init__(
         self,
-        effective_batch_size: int,
+        schedule: BatchSchedule,
         cut: Cut,
         memory: str | float | None = None,
         *,
         is_stated: bool = True,
     ) -> None:
-        self.effective_batch_size = effective_batch_size
+        self.schedule = schedule
         self.is_stated = is_stated
         self.cut = cut
         self.memory = memory
@@ -196,6 +198,10 @@ class Accumulation:
         """Forget the run before: another one may bring another model or another loss."""
         if self.sampler is not None:
             self.sampler.load_state_dict(self._began)  # as the trainer counts its steps anew
+        self.effective_batch_size = self.schedule.first
+        self.made: EffectiveBatchSampler | None = None  # for a schedule, where the user has none
+        self.ends: list[int] = []  # by a schedule: samples of the run after so many steps
+        self.scaled = contextlib.ExitStack()  # learning rate and beta2, while the optimizer steps
         self.last: Step | None = None
         self.window: Window | None = None
         self.measured: Measured | None = None
@@ -216,7 +222,7 @@ class Accumulation:
         """
         if sampler is self.sampler:
             return
-        if not sampler.has_equal_epochs:
+        if not sampler.has_equal_epochs and not is_scheduled(sampler):
             raise BadInput(
                 "the sampler's weights are no whole numbers, so that its epochs differ in length, "
                 "and a trainer takes as many batches of each as the first has",
@@ -230,6 +236,7 @@ class Accumulation:
                 hint="train(resume_from_checkpoint=...) goes on inside of one",
             )
         self.sampler, self._began = sampler, began
+        self.first_epoch: int = began["epoch"]
 
 
 class OptimizerStep(TrainerCallback):
@@ -259,22 +266,31 @@ class OptimizerStep(TrainerCallback):
                 f"the state of {type(inner).__name__} does not fit into memory: {said}",
                 hint=LESS_STATE,
             )
+        schedule = self._accumulation.schedule
+        with schedule.scaled(inner, schedule.first):
+            pass  # an optimizer that has no beta2 is told of before the first step
 
     def on_pre_optimizer_step(self, args: TrainingArguments, *_: Any, **__: Any) -> None:
-        self._accumulation.is_stepping = True
+        accumulation = self._accumulation
+        scaled = accumulation.schedule.scaled(
+            accumulation.optimizer, accumulation.effective_batch_size
+        )
+        accumulation.scaled.enter_context(scaled)
+        accumulation.is_stepping = True
         self._stop = stopwatch(args.device)
 
     def on_optimizer_step(self, *_: Any, train_dataloader: Any = None, **__: Any) -> None:
-        self._accumulation.is_stepping = False
         self._accumulation.optimizer_lap = self._stop()
+        self._accumulation.is_stepping = False
+        self._accumulation.scaled.close()
         sampler = sampler_of(train_dataloader)
         if sampler is not None:
             sampler.commit()
 
 
 KEPT = (
-    "effective_batch_size", "contract", "budget", "checkpointing", "packed", "settings", "position",
-    "noise",
+    "effective_batch_size", "schedule", "contract", "budget", "checkpointing", "packed", "settings",
+    "position", "noise",
 )  # fmt: skip
 
 
@@ -288,6 +304,7 @@ class SameBatch(TrainerCallback, ExportableState):
 
     def __init__(self) -> None:
         self.effective_batch_size: int | None = None  # not known before a run begins
+        self.schedule: str | None = None  # if it is not one size
         self.contract: dict[str, Any] | None = None
         self.budget: list[int | None] | None = None  # that was found: a resumed run cuts alike
         self.checkpointing: bool | None = None  # that was chosen with it
@@ -328,10 +345,16 @@ class SameBatch(TrainerCallback, ExportableState):
         before, self.settings = entry["attributes"].get("settings"), settings_of(args, data)
         own_order = f"EffectiveBatchSampler(seed={sampler.seed})" if sampler is not None else None
         self.settings["sampler"] = own_order
-        if state.global_step and before:
-            for change in changes(before, self.settings):
-                warnings.warn(f"not as in the checkpoint: {change}", stacklevel=2)
         self.effective_batch_size = own
+        self.schedule = None
+        if sampler is not None and is_scheduled(sampler):
+            self.schedule = str(sampler.schedule)
+            self.settings["lr_rule"] = sampler.schedule.lr
+            self.settings["beta2_rule"] = sampler.schedule.beta2
+        if state.global_step:
+            self._require_schedule(entry["attributes"].get("schedule"), args)
+            for change in changes(before or {}, self.settings):
+                warnings.warn(f"not as in the checkpoint: {change}", stacklevel=2)
         kept[type(self).__name__] = self.state()
         is_skipping = bool(state.global_step) and not args.ignore_data_skip
         if is_skipping and saved is None and not _may_be(own, state, args, loader):
@@ -343,6 +366,21 @@ class SameBatch(TrainerCallback, ExportableState):
                 hint="resume with the same number, or set ignore_data_skip to begin the data anew",
             )
         place(loader, self.position, state.global_step, anew=args.ignore_data_skip)
+
+    def _require_schedule(self, saved: str | None, args: TrainingArguments) -> None:
+        """Refuse another schedule: how many steps a run has would no longer be known."""
+        if saved != self.schedule:
+            raise BadInput(
+                f"the checkpoint was made with {saved or 'one size'} as effective batch size, and "
+                f"this run has {self.schedule or 'one size'}",
+                hint="resume with the same schedule",
+            )
+        if self.schedule is not None and args.ignore_data_skip:
+            raise BadInput(
+                "ignore_data_skip begins the data anew, and the effective batch size follows what "
+                "was read of them",
+                hint="leave it out",
+            )
 
 
 def _may_be(own: int, state: TrainerState, args: TrainingArguments, loader: Any) -> bool:

@@ -31,6 +31,7 @@ from gradaccum.integrations.accumulation import SameBatch
 from gradaccum.integrations.hf import Attached, attach
 from gradaccum.measured import Measured
 from gradaccum.restore import gradients_aside
+from gradaccum.schedule import BatchSchedule
 from gradaccum.state import undisturbed
 from gradaccum.trees import widened
 from gradaccum.types import Budget
@@ -229,9 +230,8 @@ def _recut(twin: Any, sizes: tuple[int, ...], contract: "_Contract | None") -> N
     """Let an attached trainer take all rows as one step, in micro-batches of this size."""
     twin.callback_handler.callbacks.append(contract or _Contract())
     own = twin.accumulation = copy.copy(twin.accumulation)
-    own.sampler = None
+    own.sampler, own.schedule = None, BatchSchedule.of(sum(sizes))
     own.begin()
-    own.effective_batch_size = sum(sizes)
     own.cut = accumulation.Cut(Budget(examples=sizes[0]), own.cut.rows, on_cpu=True)
     twin.args.per_device_train_batch_size = twin._train_batch_size = sum(sizes)
     twin.args.gradient_accumulation_steps = 1

@@ -54,6 +54,7 @@ from gradaccum.integrations.evaluation import Evaluated
 from gradaccum.integrations.positions import sampler_of, take
 from gradaccum.integrations.refusals import refuse
 from gradaccum.integrations.saving import Saved, sweep, wait_for_all
+from gradaccum.integrations.schedules import Epochs, Scheduled
 from gradaccum.integrations.shares import Shares, preparing
 from gradaccum.integrations.swap import replaced
 from gradaccum.measured import Measured
@@ -62,6 +63,7 @@ from gradaccum.memory.layout import find_layout, packed_of
 from gradaccum.memory.predict import switch
 from gradaccum.objective import length
 from gradaccum.sampler import EffectiveBatchSampler
+from gradaccum.schedule import BatchSchedule
 from gradaccum.state import undisturbed, without_dropout
 from gradaccum.types import Budget, Micro, Proof
 
@@ -69,7 +71,7 @@ T = TypeVar("T", bound=Trainer)
 COMPUTED = {"bf16": torch.bfloat16, "fp16": torch.float16}  # by the name of the mixed precision
 
 
-class Attached(Evaluated, Saved):
+class Attached(Scheduled, Evaluated, Saved):
     """Override the documented hooks of Trainer; mixed in before the trainer's own class."""
 
     # A loss may ask for it before the trainer has taken a step.
@@ -89,6 +91,7 @@ class Attached(Evaluated, Saved):
             said = str(error).splitlines()[0]
         finally:
             self.accumulation.window = None
+            self.accumulation.scaled.close()
             if self.accumulation.watch is not None:
                 self.accumulation.watch.close()
         last = get_last_checkpoint(folder) if os.path.isdir(folder) else None
@@ -100,10 +103,11 @@ class Attached(Evaluated, Saved):
 
     def get_train_dataloader(self) -> DataLoader:
         own = (self.args.per_device_train_batch_size, self.args.gradient_accumulation_steps)
-        if own != (self.accumulation.effective_batch_size, 1):
+        first = self.accumulation.schedule.first
+        if own != (first, 1):
             raise BadInput(
                 f"since attach the arguments were changed to {own[0]} x {own[1]}, and a step takes "
-                f"{self.accumulation.effective_batch_size} examples",
+                f"{first} examples",
                 hint="attach(trainer, effective_batch_size=...) on a new trainer",
             )
         config = self.accelerator.dataloader_config
@@ -121,33 +125,45 @@ class Attached(Evaluated, Saved):
         sampler = sampler_of(loader)
         if sampler is not None:
             self._read(loader, sampler)
+        elif not self.accumulation.schedule.is_constant:
+            raise BadInput(
+                f"the train loader of {type(self).__name__} has no sampler that the schedule "
+                f"{self.accumulation.schedule} could be read with",
+                hint="data with a length, and get_train_dataloader as it is; or a loader with an "
+                "EffectiveBatchSampler",
+            )
         size = getattr(loader, "total_batch_size", getattr(loader, "batch_size", None))
-        if size is not None and size != self.accumulation.effective_batch_size:
+        if size is not None and size != self.accumulation.schedule.first:
             raise BadInput(
                 f"{type(self).__name__}.get_train_dataloader makes batches of {size} where a step "
-                f"takes {self.accumulation.effective_batch_size} examples",
+                f"takes {self.accumulation.schedule.first} examples",
                 hint="let it use batch_size=self.args.train_batch_size",
             )
         is_sized = has_length(getattr(loader, "dataset", None))
         if self.args.dataloader_drop_last and is_sized and not len(loader):
             raise BadInput(
                 "dataloader_drop_last drops all of the data, which has fewer examples than the "
-                f"effective batch of {self.accumulation.effective_batch_size}",
+                f"effective batch of {self.accumulation.schedule.first}",
                 hint="leave out dataloader_drop_last: a smaller last batch is exact too",
             )
         return loader
 
     def _read(self, loader: DataLoader, sampler: EffectiveBatchSampler) -> None:
         """Let a loader's batches be those of its sampler, and their size that of a step."""
-        accumulation, size = self.accumulation, sampler.effective_batch_size
-        if size != accumulation.effective_batch_size and accumulation.is_stated:
-            raise BadInput(
-                f"the train loader's EffectiveBatchSampler makes batches of {size} where attach "
-                f"was given effective_batch_size={accumulation.effective_batch_size}",
-                hint=f"attach(trainer, effective_batch_size={size}), or leave it out",
+        accumulation, schedule = self.accumulation, sampler.schedule
+        if schedule != accumulation.schedule and accumulation.is_stated:
+            own, stated = (
+                s.first if s.is_constant else s for s in (schedule, accumulation.schedule)
             )
-        accumulation.effective_batch_size = size
-        self.args.per_device_train_batch_size = self._train_batch_size = size
+            raise BadInput(
+                f"the train loader's EffectiveBatchSampler makes batches of {own} where attach "
+                f"was given effective_batch_size={stated}",
+                hint="the same of both, or attach(trainer) alone",
+            )
+        if sampler is not accumulation.sampler:
+            accumulation.effective_batch_size = schedule.first
+        accumulation.schedule = schedule
+        self.args.per_device_train_batch_size = self._train_batch_size = schedule.first
         take(loader, sampler, self.accelerator)
         if self.is_in_train:
             accumulation.read(sampler)
@@ -176,6 +192,8 @@ class Attached(Evaluated, Saved):
         if callable(switch):
             switch()
         accumulation = self.accumulation
+        if accumulation.sampler is not None:
+            accumulation.effective_batch_size = accumulation.sampler.effective_batch_size
         prepare = functools.partial(self._prepare, model, inputs)
         with self._collecting_alone():
             accumulation.last = step = self._accumulator(model).backward(prepare)
@@ -326,7 +344,7 @@ class Attached(Evaluated, Saved):
             accumulator,
             Listed(given.examples, self.data_collator),
             sizes,
-            accumulation.effective_batch_size,
+            accumulation.schedule.largest,
             memory=accumulation.memory,
             optimizer=accumulation.optimizer,
             aside=self._aside,
@@ -418,7 +436,7 @@ class Attached(Evaluated, Saved):
 def attach(
     trainer: T,
     *,
-    effective_batch_size: int | None = None,
+    effective_batch_size: int | str | BatchSchedule | None = None,
     budget: Budget | Literal["auto"] = "auto",
     memory: str | float | None = None,
 ) -> T:
@@ -432,7 +450,10 @@ def attach(
         trainer: A `transformers.Trainer` or any subclass, TRL's `SFTTrainer` among them.
         effective_batch_size: Examples in one step; by default that of the train loader's
             `EffectiveBatchSampler`, or else what the arguments mean, `per_device_train_batch_size *
-            gradient_accumulation_steps` times the number of ranks. Any number of at least 1.
+            gradient_accumulation_steps` times the number of ranks. Any number of at least 1, or a
+            `BatchSchedule`, or its spelling: "32:0,64:10k". By a schedule the data come in the
+            order of an `EffectiveBatchSampler(seed=data_seed or seed)`, and the number of steps is
+            that of the batches in `num_train_epochs`.
         budget: How large a micro-batch may be. "auto": the smallest that is as fast as any that
             fits, measured by three short micro-batches at the first step and remembered on disk;
             a resumed run keeps it.
@@ -456,8 +477,7 @@ def attach(
     size = effective_batch_size
     if size is None:
         size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-        raise BadInput(f"effective_batch_size={size!r} is not a whole number of at least 1")
+    schedule = BatchSchedule.of(size)
     if budget != AUTO and not isinstance(budget, Budget):
         raise BadInput(
             f"budget={budget!r} is neither a gradaccum.Budget nor 'auto'",
@@ -468,15 +488,16 @@ def attach(
     given = budget if isinstance(budget, Budget) else None
     cut = Cut(given, args.train_batch_size, args.device.type == "cpu")
     is_stated = effective_batch_size is not None
-    accumulation = Accumulation(size, cut, memory, is_stated=is_stated)
+    accumulation = Accumulation(schedule, cut, memory, is_stated=is_stated)
     trainer.accumulation = accumulation  # pyright: ignore[reportAttributeAccessIssue]
+    trainer.callback_handler.callbacks.insert(0, Epochs(accumulation))  # others read what it says
     trainer.add_callback(SameBatch())
     trainer.add_callback(OptimizerStep(accumulation))
     if getattr(trainer, "_unsloth_settles_eager_fallbacks", False):
         unsloth = importlib.import_module("gradaccum.integrations.unsloth")
         trainer.add_callback(unsloth.SettleFallbacks())
     trainer.args = copy.copy(args)
-    trainer.args.per_device_train_batch_size = trainer._train_batch_size = size
+    trainer.args.per_device_train_batch_size = trainer._train_batch_size = schedule.first
     trainer.args.gradient_accumulation_steps = 1
     trainer.args.average_tokens_across_devices = False  # it multiplies by the number of ranks
     trainer.args.logging_nan_inf_filter = False

@@ -39,6 +39,11 @@ class Positioned(Sampler[list[int]]):
         return self.num_skipped + len(self.sampler)
 
 
+def is_scheduled(sampler: EffectiveBatchSampler) -> bool:
+    """Tell whether the size of its batches changes, so that epochs differ in their number."""
+    return not sampler.schedule.is_constant
+
+
 def sampler_of(loader: Any) -> EffectiveBatchSampler | None:
     """Return what a loader's batches come from, if it is ours.
 
@@ -60,7 +65,7 @@ def take(loader: Any, sampler: EffectiveBatchSampler, accelerator: Accelerator) 
     vars(getattr(loader, "base_dataloader", loader))["batch_sampler"] = Positioned(sampler)
     rank, world = accelerator.process_index, accelerator.num_processes
     # Shares show what costs, speeds, seed and weights decide.
-    dealt = sampler.effective_batch_size, sampler.shares(sampler.consumed), sampler.state_dict()
+    dealt = str(sampler.schedule), sampler.shares(sampler.consumed), sampler.state_dict()
     own = sampler.rank, sampler.world, zlib.crc32(repr(dealt).encode())
     told: list[tuple[int, int, int]] = gather_object([own]) if world > 1 else [own]
     if [of for *of, _ in told] != [[rank, world] for rank in range(world)]:
@@ -88,6 +93,10 @@ def place(loader: Any, kept: dict[str, Any] | None, num_steps: int, *, anew: boo
     """
     sampler = sampler_of(loader)
     if sampler is None or not num_steps:
+        return
+    if kept and is_scheduled(sampler):
+        sampler.load_state_dict(kept)
+        loader.batch_sampler.num_skipped = int(kept["consumed"] > kept["epoch_begin"])
         return
     num_skipped = num_steps % len(loader)  # as the trainer counts
     sampler.load_state_dict(kept if kept and not anew else sampler.state_dict())
