@@ -138,7 +138,7 @@ def test_resume_is_bitwise_before_at_and_after_a_change(tmp_path, kind, unit):
     whole, _, steps = made(tmp_path, kind, schedule, model=llama(**dropout), **settings)
     whole.train()
     assert len(set(steps.sizes)) == 3
-    at_ends = [n for n in steps.ended[:2]]
+    at_ends = steps.ended[:2]
     for at in {1, 3, *at_ends, 8}:
         anew = tmp_path / f"from-{at}"
         resumed, _, again = made(
@@ -305,7 +305,7 @@ def test_what_a_schedule_cannot_be_read_with_is_refused(tmp_path):
     with pytest.raises(BadInput, match="SGD has no betas, and the schedule has a rule for it"):
         ours.train()
     big, _, _ = made(tmp_path, schedule="4:0,23:3", dataloader_drop_last=True)
-    with pytest.raises(BadInput, match="drop_last leaves out what does not fill .* of 23"):
+    with pytest.raises(BadInput, match=r"drop_last leaves out what does not fill .* of 23"):
         big.train()
 
 

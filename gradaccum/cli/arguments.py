@@ -1,4 +1,4 @@
-"""The flags of `gradaccum train`: TRL's own dataclasses and parser, and five flags of ours."""
+"""The flags of `gradaccum train`: TRL's own dataclasses and parser, and flags of ours."""
 
 import difflib
 import itertools
@@ -19,6 +19,7 @@ from trl import ModelConfig, ScriptArguments, SFTConfig, TrlParser
 from gradaccum.errors import BadInput
 from gradaccum.memory.auto import AUTO
 from gradaccum.memory.cap import parsed
+from gradaccum.schedule import BatchSchedule
 from gradaccum.types import Budget
 
 # What `gradaccum train` without a model uses instead of the defaults of TRL.
@@ -39,6 +40,24 @@ class AccumulationArguments:
     effective_batch_size: int | None = field(
         default=None, metadata={"help": "Examples in one optimizer step; any number of at least 1."}
     )
+    effective_batch_schedule: str | None = field(
+        default=None,
+        metadata={
+            "help": 'Sizes and the steps from which they hold: "32:0,64:10k,128:50k", or with '
+            '" samples" or " tokens" behind it; "32..256 by 32 over 1M samples" grows evenly.'
+        },
+    )
+    lr_rule: str = field(
+        default="none",
+        metadata={
+            "help": "What a schedule makes of the learning rate: none, linear (in size / first "
+            "size) or sqrt (its root)."
+        },
+    )
+    beta2_rule: bool = field(
+        default=False,
+        metadata={"help": "Take Adam's beta2 to the power of size / first size, by a schedule."},
+    )
     budget: str | None = field(
         default="auto",
         metadata={"help": 'Largest micro-batch: "8192" (padded tokens), "4 examples", or "auto".'},
@@ -55,6 +74,8 @@ class Arguments:
     """All flags, checked.
 
     Args:
+        effective_batch_size: The largest, where there is a schedule.
+        schedule: Of the effective batch size; of a single stage where that stays the same.
         given: Names of the flags that the user gave, on the command line or in the file.
     """
 
@@ -62,6 +83,7 @@ class Arguments:
     training: SFTConfig
     model: ModelConfig
     effective_batch_size: int
+    schedule: BatchSchedule
     budget: Budget | Literal["auto"]
     memory: str | None
     json: bool
@@ -134,7 +156,10 @@ def parse(words: list[str], *, others: Iterable[str] = ()) -> Arguments | None:
     unknown = [word for word in unknown if word.startswith("-")] or unknown
     _refuse_unknown(unknown, flags.union(others))
     _refuse_values(training)
-    size = _effective_batch_size(own.effective_batch_size, training, given)
+    schedule = _schedule(own, given)
+    if schedule is None:
+        size = _effective_batch_size(own.effective_batch_size, training, given)
+        schedule = BatchSchedule.of(size)
     budget = _budget(own.budget)
     if own.memory is not None and budget != AUTO:
         raise BadInput(
@@ -143,7 +168,8 @@ def parse(words: list[str], *, others: Iterable[str] = ()) -> Arguments | None:
         )
     if own.memory is not None:
         parsed(own.memory)  # now, and not once the model is built
-    return Arguments(script, training, model, size, budget, own.memory, own.json, given)
+    size = schedule.largest
+    return Arguments(script, training, model, size, schedule, budget, own.memory, own.json, given)
 
 
 def _config_apart(word: str) -> list[str]:
@@ -232,6 +258,27 @@ def _refuse_values(training: SFTConfig) -> None:
             "--auto_find_batch_size shrinks the effective batch and starts over on changed weights",
             hint="leave it out; --budget says how large a micro-batch may be",
         )
+
+
+def _schedule(own: AccumulationArguments, given: frozenset[str]) -> BatchSchedule | None:
+    """Return the schedule of the effective batch size, if there is one."""
+    if own.effective_batch_schedule is None:
+        for flag in ("lr_rule", "beta2_rule"):
+            if flag in given:
+                raise BadInput(
+                    f"--{flag} is for --effective_batch_schedule, and there is none",
+                    hint='--effective_batch_schedule "16:0,64:1k"',
+                )
+        return None
+    for flag in ("effective_batch_size", "gradient_accumulation_steps"):
+        if flag in given:
+            raise BadInput(
+                f"--{flag} contradicts --effective_batch_schedule, which tells the size of each "
+                "step",
+                hint="leave out one of them",
+            )
+    rule: Any = own.lr_rule
+    return BatchSchedule.parse(own.effective_batch_schedule, lr=rule, beta2=own.beta2_rule)
 
 
 def _effective_batch_size(stated: int | None, training: SFTConfig, given: frozenset[str]) -> int:

@@ -40,6 +40,11 @@ how large a batch:
   --effective_batch_size N     examples in one optimizer step; any number. Default: 32 for the
                                embedded model, else per_device_train_batch_size x
                                gradient_accumulation_steps x ranks, as everywhere
+  --effective_batch_schedule "32:0,64:10k,128:50k"
+                               instead: 32 examples, from step 10,000 on 64, and so on; with
+                               " samples" or " tokens" behind it these are counted; or
+                               "32..256 by 32 over 1M samples". --lr_rule linear|sqrt scales the
+                               learning rate with it, --beta2_rule true Adam's beta2
   --budget N | "N examples"    largest micro-batch, in padded tokens or in examples. Default "auto":
                                the smallest that is as fast as any that fits, measured on three
                                short micro-batches at the first step, and remembered

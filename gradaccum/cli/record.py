@@ -62,7 +62,7 @@ def begin(trainer: Any, arguments: Arguments, words: list[str], resume: str | No
         "model": _model(trainer.model, str(arguments.model.model_name_or_path)),
         "data": {"name": arguments.script.dataset_name, "num_examples": _num(trainer)},
         "effective_batch_size": accumulation.effective_batch_size,
-        "schedule": None,
+        "schedule": None if accumulation.schedule.is_constant else str(accumulation.schedule),
         "num_steps": args.max_steps if args.max_steps > 0 else None,
         "seed": args.seed,
         "settings": settings,

@@ -69,7 +69,8 @@ def _batch_line(trainer: Any, rows: list[Any], resume: str | None) -> str:
     """Say how an effective batch is cut, from the first batches of the data."""
     accumulation = trainer.accumulation
     size, budget = accumulation.effective_batch_size, accumulation.cut.budget
-    text = f"effective batch {size:,}"
+    schedule = accumulation.schedule
+    text = f"effective batch {size:,}" if schedule.is_constant else f"effective batch {schedule}"
     if trainer.args.world_size > 1:
         text += f" on {trainer.args.world_size} ranks"
     if budget is None:

@@ -88,7 +88,8 @@ def _run(words: list[str]) -> int:
     if IS_FIRST:
         describe(trainer, arguments, output, resume)
         kept = _without(words, "--resume_from_checkpoint")
-        if "effective_batch_size" not in arguments.given:  # on other ranks it would be another
+        # On other ranks it would be another.
+        if not arguments.given & {"effective_batch_size", "effective_batch_schedule"}:
             kept += ["--effective_batch_size", str(arguments.effective_batch_size)]
         (output / FLAGS).write_text(json.dumps(kept))
         begun = record.begin(trainer, arguments, kept, resume)
@@ -187,7 +188,7 @@ def _trainer(arguments: Arguments, output: Path) -> Any:
     trainer: Any = _sft(arguments, output)
     attach(
         trainer,
-        effective_batch_size=arguments.effective_batch_size,
+        effective_batch_size=arguments.schedule,
         budget=arguments.budget,
         memory=arguments.memory,
     )

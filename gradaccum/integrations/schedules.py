@@ -48,7 +48,7 @@ class Scheduled(Trainer):
                 hint="leave it out: shares and micro-batches are balanced anyway",
             )
         if accumulation.made is None:
-            data = self.train_dataset if train_dataset is None else train_dataset
+            data: Any = self.train_dataset if train_dataset is None else train_dataset
             accumulation.made = EffectiveBatchSampler(
                 data,
                 accumulation.schedule,
@@ -82,8 +82,9 @@ class Scheduled(Trainer):
 
     def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
         found = super()._init_training_state(*args, **kwargs)
-        kept: Any = self.state.stateful_callbacks.get(SameBatch.__name__, {})
-        position, accumulation = kept.get("attributes", {}).get("position"), self.accumulation
+        callbacks: Any = self.state.stateful_callbacks
+        kept = callbacks.get(SameBatch.__name__, {}).get("attributes", {})
+        position, accumulation = kept.get("position"), self.accumulation
         if not accumulation.ends or not self.state.global_step or not position:
             return found
         # One batch is skipped, an empty one, where a run goes on inside of an epoch.
