@@ -61,7 +61,10 @@ def equal(one, other):
 
 @pytest.mark.parametrize("kind", ["hf", "sft"])
 def test_each_step_has_the_gradient_of_its_own_size(tmp_path, kind):
-    """In float64, also where the size has changed, an epoch ends, and a stage begins inside one."""
+    """Also where the size has changed, an epoch ends, and a stage begins inside one.
+
+    The model computes its norms in float32 whatever its dtype, and so rounds there.
+    """
     net = llama().double()
     ours, record, steps = made(tmp_path, kind, model=net, max_grad_norm=0.0, learning_rate=0.0)
     taken = []
@@ -78,7 +81,7 @@ def test_each_step_has_the_gradient_of_its_own_size(tmp_path, kind):
         logits, labels = net(**kept).logits[:, :-1].flatten(0, 1), inputs["labels"][:, 1:].flatten()
         loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
         expected = oracle.gradients(net, {"loss": loss}, {"loss": int((labels != -100).sum())})
-        assert oracle.error(found, expected) <= 1e-12
+        assert oracle.error(found, expected) <= 1e-6
     assert len(taken) == sampler.consumed == 66 and sorted(taken) == sorted(3 * list(range(22)))
 
 

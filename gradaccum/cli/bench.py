@@ -86,6 +86,10 @@ def _refuse(arguments: Arguments) -> None:
         raise BadInput("bench times one process", hint="start it without torchrun")
     if arguments.training.resume_from_checkpoint:
         raise BadInput("bench begins anew", hint="leave out --resume_from_checkpoint")
+    if not arguments.schedule.is_constant:
+        raise BadInput(
+            "bench races steps of one size", hint="--effective_batch_size instead of a schedule"
+        )
 
 
 def _specs(listed: str | None, arguments: Arguments) -> list[Spec]:
