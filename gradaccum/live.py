@@ -219,7 +219,7 @@ def padding(line: Line) -> str:
         '40% of the tokens shared'
     """
     useful, run = line["useful_tokens"], line["padded_tokens"]
-    if run < useful:
+    if run < 0.995 * useful:
         return f"{1 - run / useful:.0%} of the tokens shared"
     return f"padding {1 - useful / max(1, run):.0%}"
 

@@ -152,9 +152,8 @@ class Attached(Scheduled, Evaluated, Saved):
         """Let a loader's batches be those of its sampler, and their size that of a step."""
         accumulation, schedule = self.accumulation, sampler.schedule
         if schedule != accumulation.schedule and accumulation.is_stated:
-            own, stated = (
-                s.first if s.is_constant else s for s in (schedule, accumulation.schedule)
-            )
+            both = schedule, accumulation.schedule
+            own, stated = (each.first if each.is_constant else each for each in both)
             raise BadInput(
                 f"the train loader's EffectiveBatchSampler makes batches of {own} where attach "
                 f"was given effective_batch_size={stated}",

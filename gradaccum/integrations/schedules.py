@@ -82,9 +82,9 @@ class Scheduled(Trainer):
 
     def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
         found = super()._init_training_state(*args, **kwargs)
-        callbacks: Any = self.state.stateful_callbacks
-        kept = callbacks.get(SameBatch.__name__, {}).get("attributes", {})
-        position, accumulation = kept.get("position"), self.accumulation
+        kept: Any = self.state.stateful_callbacks
+        accumulation, entry = self.accumulation, kept.get(SameBatch.__name__, {})
+        position = entry.get("attributes", {}).get("position")
         if not accumulation.ends or not self.state.global_step or not position:
             return found
         # One batch is skipped, an empty one, where a run goes on inside of an epoch.
