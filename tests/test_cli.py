@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTTrainer
 
@@ -21,6 +22,7 @@ import gradaccum
 from gradaccum.cli import arguments, embedded, final
 from gradaccum.cli.main import main
 from gradaccum.cli.signals import StopOnSignal
+from gradaccum.errors import BadInput
 from gradaccum.metrics import MetricsFile
 from gradaccum.sync.alone import Alone
 from gradaccum.types import Budget
@@ -301,6 +303,67 @@ def test_samples_are_counted_as_they_are_drawn(model_dir, data_file, tmp_path, c
     shown = capfd.readouterr()
     assert "step 5/5 | 38 samples" in shown.err and "trained   2 steps, 14 samples" in shown.out
     assert [samples for _, samples, _ in logged(tmp_path / "out")] == [8, 16, 24, 30, 38]
+
+
+def test_a_run_with_a_schedule_goes_on_as_if_it_had_not_stopped(
+    model_dir, data_file, tmp_path, capfd
+):
+    """30 examples in steps of 4, 4, 9, 9 and 4, and then of 9."""
+    flags = {"model_name_or_path": model_dir, "dataset_name": data_file, "save_steps": 1}
+    flags |= {"effective_batch_schedule": "4:0,9:2", "lr_rule": "sqrt", "beta2_rule": True}
+    flags |= {"max_steps": 7, "gradient_checkpointing": False, "learning_rate": 1e-3}
+    flags |= {"lr_scheduler_type": "constant"}
+    assert train(**flags, output_dir=tmp_path / "whole") == 0
+    said = capfd.readouterr()
+    assert "effective batch 4:0,9:2, learning rate sqrt, beta2 too; at first 4" in said.err
+    assert "step 5/7 | 30 samples" in said.err and "trained   7 steps, 48 samples" in said.out
+    checkpoint = tmp_path / "whole" / "checkpoint-3"
+    assert train(resume_from_checkpoint=checkpoint, output_dir=tmp_path / "again") == 0
+    whole, again = ((tmp_path / name / "metrics.jsonl") for name in ("whole", "again"))
+    lines = [
+        [json.loads(line) for line in path.read_text().splitlines()] for path in (whole, again)
+    ]
+    assert [line["samples"] for line in lines[0]] == [4, 8, 17, 26, 30, 39, 48]
+    rates = [1e-3] * 2 + [1.5e-3] * 5
+    assert [line["learning_rate"] for line in lines[0]] == pytest.approx(rates)
+    for name in ("samples", "loss", "learning_rate", "grad_norm", "epoch"):
+        assert [line[name] for line in lines[0][3:]] == [line[name] for line in lines[1]]
+    first, second = (
+        load_file(tmp_path / name / "model.safetensors") for name in ("whole", "again")
+    )
+    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--effective_batch_size=8"], "says how large the effective batch is, and so does --eff"),
+        (["--gradient_accumulation_steps=8"], "and so does --gradient_accumulation_steps"),
+        (["--effective_batch_schedule=4:0,8"], "'8' is no size with its begin"),
+        (["--lr_rule=cubic"], "--lr_rule: there is no 'cubic'"),
+    ],
+)
+def test_a_schedule_that_contradicts_is_refused(flags, said):
+    with pytest.raises(BadInput) as refused:
+        arguments.parse(["--effective_batch_schedule", "4:0,8:2k", *flags])
+    assert said in str(refused.value)
+
+
+def test_a_schedule_from_flags():
+    words = ["--effective_batch_schedule", "4:0,32:2k,8:1M", "--lr_rule", "linear", "--beta2_rule"]
+    parsed = arguments.parse(words)
+    assert parsed.effective_batch_size == 32
+    assert str(parsed.schedule) == "4:0,32:2k,8:1M" and parsed.schedule.lr == "linear"
+    assert parsed.schedule.beta2
+    assert arguments.parse([]).schedule is None
+    for flag in ("--lr_rule=sqrt", "--beta2_rule"):
+        with pytest.raises(BadInput, match="is for sizes that change, and there is no schedule"):
+            arguments.parse([flag])
+
+
+def test_bench_and_a_schedule_do_not_go_together(capfd):
+    assert main(["bench", "--effective_batch_schedule=4:0,32:2k"]) == 2
+    assert "hint: --effective_batch_size 32, the largest" in capfd.readouterr().err
 
 
 def test_a_run_that_diverges_says_so(model_dir, data_file, tmp_path, capfd):

@@ -1,4 +1,4 @@
-"""The flags of `gradaccum train`: TRL's own dataclasses and parser, and flags of ours."""
+"""The flags of `gradaccum train`: TRL's own dataclasses and parser, and a few flags of ours."""
 
 import difflib
 import itertools
@@ -19,7 +19,7 @@ from trl import ModelConfig, ScriptArguments, SFTConfig, TrlParser
 from gradaccum.errors import BadInput
 from gradaccum.memory.auto import AUTO
 from gradaccum.memory.cap import parsed
-from gradaccum.schedule import BatchSchedule
+from gradaccum.schedule import POWERS, BatchSchedule
 from gradaccum.types import Budget
 
 # What `gradaccum train` without a model uses instead of the defaults of TRL.
@@ -43,20 +43,21 @@ class AccumulationArguments:
     effective_batch_schedule: str | None = field(
         default=None,
         metadata={
-            "help": 'Sizes and the steps from which they hold: "32:0,64:10k,128:50k", or with '
-            '" samples" or " tokens" behind it; "32..256 by 32 over 1M samples" grows evenly.'
+            "help": 'Sizes and the steps from which they hold: "32:0,64:10k,128:50k"; by samples '
+            'or tokens: "32:0,64:1M samples"; as a ramp: "32..256 by 32 over 1M samples".'
         },
     )
     lr_rule: str = field(
         default="none",
         metadata={
-            "help": "What a schedule makes of the learning rate: none, linear (in size / first "
-            "size) or sqrt (its root)."
+            "help": "What the learning rate is multiplied by, with a schedule: none, linear (size "
+            "/ first size) or sqrt (its root).",
+            "choices": list(POWERS),
         },
     )
     beta2_rule: bool = field(
         default=False,
-        metadata={"help": "Take Adam's beta2 to the power of size / first size, by a schedule."},
+        metadata={"help": "With a schedule: take beta2 to the power of size / first size."},
     )
     budget: str | None = field(
         default="auto",
@@ -75,7 +76,6 @@ class Arguments:
 
     Args:
         effective_batch_size: The largest, where there is a schedule.
-        schedule: Of the effective batch size; of a single stage where that stays the same.
         given: Names of the flags that the user gave, on the command line or in the file.
     """
 
@@ -83,7 +83,7 @@ class Arguments:
     training: SFTConfig
     model: ModelConfig
     effective_batch_size: int
-    schedule: BatchSchedule
+    schedule: BatchSchedule | None
     budget: Budget | Literal["auto"]
     memory: str | None
     json: bool
@@ -157,9 +157,11 @@ def parse(words: list[str], *, others: Iterable[str] = ()) -> Arguments | None:
     _refuse_unknown(unknown, flags.union(others))
     _refuse_values(training)
     schedule = _schedule(own, given)
-    if schedule is None:
-        size = _effective_batch_size(own.effective_batch_size, training, given)
-        schedule = BatchSchedule.of(size)
+    size = (
+        _effective_batch_size(own.effective_batch_size, training, given)
+        if schedule is None
+        else schedule.largest
+    )
     budget = _budget(own.budget)
     if own.memory is not None and budget != AUTO:
         raise BadInput(
@@ -168,7 +170,6 @@ def parse(words: list[str], *, others: Iterable[str] = ()) -> Arguments | None:
         )
     if own.memory is not None:
         parsed(own.memory)  # now, and not once the model is built
-    size = schedule.largest
     return Arguments(script, training, model, size, schedule, budget, own.memory, own.json, given)
 
 
@@ -261,20 +262,19 @@ def _refuse_values(training: SFTConfig) -> None:
 
 
 def _schedule(own: AccumulationArguments, given: frozenset[str]) -> BatchSchedule | None:
-    """Return the schedule of the effective batch size, if there is one."""
     if own.effective_batch_schedule is None:
-        for flag in ("lr_rule", "beta2_rule"):
-            if flag in given:
+        for name, is_asked in (("lr_rule", own.lr_rule != "none"), ("beta2_rule", own.beta2_rule)):
+            if is_asked:
                 raise BadInput(
-                    f"--{flag} is for --effective_batch_schedule, and there is none",
-                    hint='--effective_batch_schedule "16:0,64:1k"',
+                    f"--{name} is for sizes that change, and there is no schedule",
+                    hint='--effective_batch_schedule "32:0,64:10k"',
                 )
         return None
-    for flag in ("effective_batch_size", "gradient_accumulation_steps"):
-        if flag in given:
+    for name in ("effective_batch_size", "gradient_accumulation_steps"):
+        if name in given:
             raise BadInput(
-                f"--{flag} contradicts --effective_batch_schedule, which tells the size of each "
-                "step",
+                f"--effective_batch_schedule {own.effective_batch_schedule!r} says how large the "
+                f"effective batch is, and so does --{name}",
                 hint="leave out one of them",
             )
     rule: Any = own.lr_rule

@@ -86,9 +86,11 @@ def _refuse(arguments: Arguments) -> None:
         raise BadInput("bench times one process", hint="start it without torchrun")
     if arguments.training.resume_from_checkpoint:
         raise BadInput("bench begins anew", hint="leave out --resume_from_checkpoint")
-    if not arguments.schedule.is_constant:
+    if arguments.schedule is not None:
         raise BadInput(
-            "bench races steps of one size", hint="--effective_batch_size instead of a schedule"
+            f"bench times one effective batch, and --effective_batch_schedule has several: "
+            f"{arguments.schedule}",
+            hint=f"--effective_batch_size {arguments.schedule.largest}, the largest",
         )
 
 

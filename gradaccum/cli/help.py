@@ -41,10 +41,11 @@ how large a batch:
                                embedded model, else per_device_train_batch_size x
                                gradient_accumulation_steps x ranks, as everywhere
   --effective_batch_schedule "32:0,64:10k,128:50k"
-                               instead: 32 examples, from step 10,000 on 64, and so on; with
-                               " samples" or " tokens" behind it these are counted; or
-                               "32..256 by 32 over 1M samples". --lr_rule linear|sqrt scales the
-                               learning rate with it, --beta2_rule true Adam's beta2
+                               instead: 32, from step 10,000 on 64, from 50,000 on 128. Or by what
+                               was read: "32:0,64:1M samples", "32:0,64:2G tokens"; or in equal
+                               parts: "32..256 by 32 over 1M samples". plan takes the largest
+  --lr_rule linear | sqrt      with a schedule: learning rate times size / first size, or its root
+  --beta2_rule                 with a schedule: beta2 to the power of size / first size
   --budget N | "N examples"    largest micro-batch, in padded tokens or in examples. Default "auto":
                                the smallest that is as fast as any that fits, measured on three
                                short micro-batches at the first step, and remembered

@@ -70,7 +70,11 @@ def _batch_line(trainer: Any, rows: list[Any], resume: str | None) -> str:
     accumulation = trainer.accumulation
     size, budget = accumulation.effective_batch_size, accumulation.cut.budget
     schedule = accumulation.schedule
-    text = f"effective batch {size:,}" if schedule.is_constant else f"effective batch {schedule}"
+    text = f"effective batch {size:,}"
+    if not schedule.is_constant:
+        lr = "" if schedule.lr == "none" else f", learning rate {schedule.lr}"
+        beta2 = ", beta2 too" if schedule.beta2 else ""
+        text = f"effective batch {schedule}{lr}{beta2}; at first {size:,}"
     if trainer.args.world_size > 1:
         text += f" on {trainer.args.world_size} ranks"
     if budget is None:

@@ -88,8 +88,8 @@ def _run(words: list[str]) -> int:
     if IS_FIRST:
         describe(trainer, arguments, output, resume)
         kept = _without(words, "--resume_from_checkpoint")
-        # On other ranks it would be another.
-        if not arguments.given & {"effective_batch_size", "effective_batch_schedule"}:
+        is_stated = arguments.schedule or "effective_batch_size" in arguments.given
+        if not is_stated:  # on other ranks it would be another
             kept += ["--effective_batch_size", str(arguments.effective_batch_size)]
         (output / FLAGS).write_text(json.dumps(kept))
         begun = record.begin(trainer, arguments, kept, resume)
@@ -188,7 +188,7 @@ def _trainer(arguments: Arguments, output: Path) -> Any:
     trainer: Any = _sft(arguments, output)
     attach(
         trainer,
-        effective_batch_size=arguments.schedule,
+        effective_batch_size=arguments.schedule or arguments.effective_batch_size,
         budget=arguments.budget,
         memory=arguments.memory,
     )

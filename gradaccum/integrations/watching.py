@@ -111,7 +111,10 @@ class Watching(TrainerCallback):
 
 def samples_after(trainer: Any, num_steps: int) -> int:
     """Return the samples of a trainer's first steps; the last of an epoch may take fewer."""
-    size = trainer.accumulation.effective_batch_size
+    accumulation = trainer.accumulation
+    size = accumulation.effective_batch_size
+    if accumulation.ends:  # by a schedule
+        return accumulation.ends[num_steps]
     if not has_length(trainer.train_dataset):
         return num_steps * size
     epoch = len(trainer.train_dataset)

@@ -12,6 +12,7 @@ import gradaccum
 from gradaccum.integrations.accumulation import lengths_of
 from gradaccum.integrations.shares import Shares
 from gradaccum.integrations.swap import replaced
+from gradaccum.schedule import BatchSchedule
 from gradaccum.types import Step
 from tests import trainers
 from tests.distributed.hosts import BATCH, NUM, Seen, refused, report
@@ -87,6 +88,24 @@ def resumed(rank: int, world: int, folder: str, at: int, way: str = "plain", **k
     trainer, told = build(way, folder, **kwargs)
     trainer.train(resume_from_checkpoint=f"{folder}/out/checkpoint-{at}")
     return told()
+
+
+SCHEDULE = BatchSchedule.parse("4:0,7:2", lr="sqrt", beta2=True)  # 4, 4, 5; 7, 6; 7, 6 examples
+
+
+def scheduled(rank: int, world: int, folder: str, at: int = 0, **kwargs) -> dict:
+    """Train by a schedule, from a checkpoint in the folder if `at` is not 0."""
+    data = Seen(token_rows(NUM))
+    trainer, record = trainers.build(
+        Path(folder if not at else tempfile.mkdtemp()),
+        data=data,
+        attach={"effective_batch_size": SCHEDULE, "budget": gradaccum.Budget(examples=2)},
+        remove_unused_columns=False,
+        **{"num_train_epochs": 3, "save_strategy": "steps", "save_steps": 1} | CONSTANT | kwargs,
+    )
+    trainer.train(resume_from_checkpoint=f"{folder}/out/checkpoint-{at}" if at else None)
+    found = report(trainer, record) | {"asked": data.asked, "epoch": trainer.state.epoch}
+    return found | {"position": trainer.accumulation.sampler.state_dict()}
 
 
 def wrong(rank: int, world: int) -> dict[str, str]:

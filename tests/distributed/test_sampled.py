@@ -3,6 +3,7 @@
 import itertools
 
 import pytest
+import torch
 
 from gradaccum.errors import BadInput
 from tests.distributed import hosts, sampled
@@ -33,7 +34,8 @@ def two(folder):
     scenes = [(sampled.train, (way,)) for way in sampled.WAYS]
     scenes += [(sampled.interrupted, (folder,)), (sampled.wrong, ()), (sampled.followed, ())]
     scenes += [(sampled.uneven, ()), (sampled.uneven, (True,))]
-    names = (*sampled.WAYS, "interrupted", "wrong", "followed", "uneven", "determined")
+    scenes += [(sampled.scheduled, (f"{folder}-s", at)) for at in (0, 2, 3, 4)]
+    names = (*sampled.WAYS, "interrupted", "wrong", "followed", "uneven", "determined", 0, 2, 3, 4)
     return dict(zip(names, started(scenes, 2), strict=True))
 
 
@@ -86,6 +88,24 @@ def test_a_run_goes_on_in_each_epoch_on_other_numbers_of_ranks(whole, two, three
             assert rank["steps"] == 6
             assert rank["position"]["consumed"] == 39
             assert hosts.relative(rank["weights"], whole["weights"]) <= 1e-6
+
+
+def test_a_schedule_on_two_ranks_has_the_batches_of_one_and_goes_on_bit_by_bit(
+    two, folder, tmp_path
+):
+    one, whole = sampled.scheduled(0, 1, str(tmp_path)), two[0]
+    for found in whole:
+        same(found, one)
+        assert (found["steps"], found["epoch"]) == (7, 3.0)
+        assert found["position"]["consumed"] == 39 and found["position"]["steps"] == 7
+    asked = sorted(i for found in whole for i in found["asked"])
+    assert asked == sorted(3 * list(range(13)))
+    for at in (2, 3, 4):
+        for found, rank in zip(two[at], whole, strict=True):
+            assert all(torch.equal(w, rank["weights"][n]) for n, w in found["weights"].items())
+            assert found["logs"] == rank["logs"] and found["position"] == rank["position"]
+    alone = sampled.scheduled(0, 1, f"{folder}-s", 3)
+    assert hosts.relative(alone["weights"], one["weights"]) <= 1e-6
 
 
 def test_a_loader_that_reads_ahead_goes_on_as_well(whole, two, folder):
