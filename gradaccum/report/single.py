@@ -238,7 +238,9 @@ def _noise(run: Run, told: dict[str, Any]) -> Section | None:
     if not isinstance(noise, dict):
         return None
     scale, low, high = (number(noise.get(name)) for name in ("scale", "low", "high"))
-    if scale is None:
+    if scale is None and low:
+        finding = f"The gradient noise scale is above {low:,.0f} examples, with 95% confidence."
+    elif scale is None:
         finding = "The gradient noise scale is not known yet: it takes more steps."
     else:
         between = (
@@ -249,7 +251,7 @@ def _noise(run: Run, told: dict[str, Any]) -> Section | None:
         finding = (
             f"The gradient noise scale is {scale:,.0f} examples, with 95% confidence {between}."
         )
-    sentences = [str(noise["advice"])] if noise.get("advice") else []
+    sentences = str(noise["advice"]).splitlines() if noise.get("advice") else []
     if not points:
         return Section("noise", "Gradient noise scale", [finding, *sentences])
     lows, highs = run.column("noise.low"), run.column("noise.high")

@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 
 import gradaccum
+from gradaccum.integrations import hf
 from gradaccum.integrations.accumulation import lengths_of
 from gradaccum.integrations.shares import Shares
 from gradaccum.integrations.swap import replaced
@@ -94,7 +95,11 @@ SCHEDULE = BatchSchedule.parse("4:0,7:2", lr="sqrt", beta2=True)  # 4, 4, 5; 7, 
 
 
 def scheduled(rank: int, world: int, folder: str, at: int = 0, **kwargs) -> dict:
-    """Train by a schedule, from a checkpoint in the folder if `at` is not 0."""
+    """Train by a schedule, from a checkpoint in the folder if `at` is not 0.
+
+    Each rank measures which layout is faster, and a checkpoint keeps that of the first: here all
+    are padded, so that a resumed run adds in the same order.
+    """
     data = Seen(token_rows(NUM))
     trainer, record = trainers.build(
         Path(folder if not at else tempfile.mkdtemp()),
@@ -103,7 +108,8 @@ def scheduled(rank: int, world: int, folder: str, at: int = 0, **kwargs) -> dict
         remove_unused_columns=False,
         **{"num_train_epochs": 3, "save_strategy": "steps", "save_steps": 1} | CONSTANT | kwargs,
     )
-    trainer.train(resume_from_checkpoint=f"{folder}/out/checkpoint-{at}" if at else None)
+    with replaced(hf, "find_layout", lambda *_: None):
+        trainer.train(resume_from_checkpoint=f"{folder}/out/checkpoint-{at}" if at else None)
     found = report(trainer, record) | {"asked": data.asked, "epoch": trainer.state.epoch}
     return found | {"position": trainer.accumulation.sampler.state_dict()}
 
