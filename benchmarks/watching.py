@@ -23,15 +23,16 @@ from common import publish
 
 import gradaccum
 from gradaccum.cli import embedded
+from gradaccum.noise.scale import EVERY
 from gradaccum.watch import Watch
 
 WAYS = {
-    "metrics": {"is_written": True, "live": False, "noise": False},
-    "live view": {"is_written": False, "live": True, "noise": False},
-    "noise scale": {"is_written": False, "live": False, "noise": True},
-    "together": {"is_written": True, "live": True, "noise": True},
+    "metrics": {"is_written": True, "live": False, "noise_every": None},
+    "live view": {"is_written": False, "live": True, "noise_every": None},
+    "noise scale": {"is_written": False, "live": False, "noise_every": EVERY},
+    "together": {"is_written": True, "live": True, "noise_every": EVERY},
 }
-TURN = 5  # steps: one of them is measured for the noise scale
+TURN = EVERY  # steps: one of them is measured for the noise scale
 
 
 def terminal():
@@ -75,7 +76,7 @@ def main():
         for name, way in WAYS.items():
             where = Path(folder) / name if way["is_written"] else None
             watches[name] = Watch(
-                None, where, num_steps=num_steps, live=way["live"], noise=way["noise"]
+                None, where, num_steps=num_steps, live=way["live"], noise_every=way["noise_every"]
             )
             watches[name].follow(accumulator)
             accumulator.parts = None

@@ -22,6 +22,7 @@ from gradaccum.errors import BadInput
 from gradaccum.live import View, view
 from gradaccum.metrics import Line, MetricsFile, line
 from gradaccum.noise import NoiseScale
+from gradaccum.noise.scale import EVERY
 from gradaccum.sync.choose import is_sharded
 from gradaccum.types import GIB, Budget, Step
 
@@ -39,7 +40,7 @@ class Watch:
         num_steps: Of the whole run, for the time that is left.
         first_step: After which this run goes on: later lines in the file are dropped.
         live: Whether to show anything.
-        noise: Estimate the noise scale as well, in every fifth step.
+        noise_every: Measure one step in so many for the noise scale; None: leave it out.
         rank: Of this process.
 
     Raises:
@@ -55,7 +56,7 @@ class Watch:
         num_steps: int | None = None,
         first_step: int = 0,
         live: bool = True,
-        noise: bool = True,
+        noise_every: int | None = EVERY,
         rank: int = 0,
     ) -> None:
         self.samples = 0
@@ -68,7 +69,7 @@ class Watch:
         self._waiting: list[tuple[Step, Line]] = []
         self._reading = 0.0
         self._ended = time.perf_counter()
-        self._with_noise = noise
+        self._noise_every = noise_every
         self.noise: NoiseScale | None = None
         self.accumulator: Accumulator | None = None
         if accumulator is not None:
@@ -93,8 +94,8 @@ class Watch:
             noise: What `self.noise.state_dict()` was when an interrupted run was saved.
         """
         self.accumulator = accumulator
-        if self._with_noise and not is_sharded(accumulator.model):
-            self.noise = NoiseScale(accumulator)
+        if self._noise_every is not None and not is_sharded(accumulator.model):
+            self.noise = NoiseScale(accumulator, every=self._noise_every)
             if noise:
                 self.noise.load_state_dict(noise)
 

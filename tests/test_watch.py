@@ -60,13 +60,13 @@ def test_a_line_tells_what_the_step_tells(tmp_path):
         assert abs(line["time"] - time.time()) < 600
 
 
-def test_every_fifth_step_is_measured_for_the_noise_scale(tmp_path):
-    with Watch(folder=tmp_path, live=False) as watch:
+def test_one_step_in_so_many_is_measured_for_the_noise_scale(tmp_path):
+    with Watch(folder=tmp_path, live=False, noise_every=5) as watch:
         run(watch, 25)
     assert [line["step"] for line in lines(tmp_path) if "noise" in line] == [25]
     assert lines(tmp_path)[-1]["noise"]["num_steps"] == 5
     assert watch.accumulator.parts is None, "what comes after runs as it would have"
-    with Watch(folder=tmp_path, live=False, noise=False) as watch:
+    with Watch(folder=tmp_path, live=False, noise_every=None) as watch:
         run(watch, 25)
     assert not any("noise" in line for line in lines(tmp_path))
 
@@ -236,7 +236,7 @@ def test_a_resumed_trainer_goes_on_with_the_noise_scale_and_the_same_losses(tmp_
         settings = {"max_steps": 30, "save_strategy": "steps", "save_steps": 13}
         attached = {"effective_batch_size": 8, "budget": Budget(examples=2)}
         trainer, _ = build(tmp_path, attach=attached, **settings)
-        trainer.add_callback(Watching(trainer, live=False))
+        trainer.add_callback(Watching(trainer, live=False, noise_every=5))
         trainer.train(**flags)
         found = lines(tmp_path / "out")
         return [(line["step"], line["loss"], line.get("noise")) for line in found]
@@ -259,4 +259,4 @@ def test_an_error_in_training_leaves_no_view_behind(tmp_path):
 def test_a_sharded_or_empty_model_is_no_reason_to_fail():
     engine = Accumulator(nn.Linear(2, 1), gradaccum.causal_lm(), budget=Budget(examples=1))
     assert Watch(engine, live=False).noise is not None
-    assert Watch(engine, live=False, noise=False).noise is None
+    assert Watch(engine, live=False, noise_every=None).noise is None

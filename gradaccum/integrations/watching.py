@@ -15,6 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import has_length
 
 from gradaccum.errors import BadInput
+from gradaccum.noise.scale import EVERY
 from gradaccum.watch import Watch
 
 SPENT = ("data", "prepare", "measuring")  # seconds that the trainer notes for each step
@@ -27,7 +28,7 @@ class Watching(TrainerCallback):
         trainer: Attached.
         folder: Where `metrics.jsonl` goes; by default the trainer's output directory.
         live: Whether to show anything.
-        noise: Estimate the gradient noise scale as well.
+        noise_every: Measure one step in so many for the gradient noise scale; None: leave it out.
 
     Raises:
         BadInput: The trainer is not attached.
@@ -39,14 +40,14 @@ class Watching(TrainerCallback):
         *,
         folder: str | Path | None = None,
         live: bool = True,
-        noise: bool = True,
+        noise_every: int | None = EVERY,
     ) -> None:
         if not hasattr(trainer, "accumulation"):
             raise BadInput("this trainer is not attached", hint="gradaccum.attach(trainer) first")
         self._accumulation: Any = trainer.accumulation
         self._trainer = trainer
         self._folder = Path(folder if folder is not None else trainer.args.output_dir)
-        self._live, self._noise = live, noise
+        self._live, self._noise_every = live, noise_every
         self._step_begin = 0.0
 
     def on_train_begin(
@@ -57,7 +58,7 @@ class Watching(TrainerCallback):
             num_steps=state.max_steps,
             first_step=state.global_step,
             live=self._live,
-            noise=self._noise,
+            noise_every=self._noise_every,
             rank=args.process_index,
         )
         watch.samples = watch.samples or samples_after(self._trainer, state.global_step)

@@ -28,6 +28,7 @@ from gradaccum.errors import BadInput
 from gradaccum.sync.choose import is_sharded
 from gradaccum.types import Squares, Step, counted
 
+EVERY = 10  # steps, of which one is measured; that one takes longer, having more micro-batches
 CONFIDENCE = 0.95
 LEAST = 5  # measured steps, before which nothing is said
 
@@ -87,7 +88,9 @@ class NoiseScale:
             the gradient of its share.
     """
 
-    def __init__(self, accumulator: Accumulator, *, every: int = 5, decay: float = 0.95) -> None:
+    def __init__(
+        self, accumulator: Accumulator, *, every: int = EVERY, decay: float = 0.95
+    ) -> None:
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise BadInput(f"every={every!r} is not a whole number of at least 1")
         if not 0 < decay <= 1:
