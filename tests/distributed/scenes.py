@@ -421,6 +421,29 @@ def accumulated(rank: int, world: int, case: Case) -> dict[str, Any]:
     }
 
 
+def in_parts(rank: int, world: int, case: Case, draws: Sequence[int]) -> list[Any]:
+    """Run the first window in parts, drawn by each of these; return what was measured."""
+    acc = accumulator(case, rank)
+    found = []
+    for draw in draws:
+        acc.model.zero_grad()
+        acc.parts = (draw,)
+        found.append(acc.backward(case.rows(0, case.share(rank))).squares)
+    return found
+
+
+def each(case: Case) -> tuple[float, float]:
+    """Return the sums over examples of squared gradients and of squared shares of the weight."""
+    net, rows = case.net(), case.rows(0)
+    total = sum(float(row["weight"]) for row in rows)
+    found = []
+    for row in rows:
+        b = torch.utils.data.default_collate([row])
+        grads = oracle.gradients(net, {"loss": fit(net, b).sum()}, {"loss": total})
+        found.append(sum(float(g.square().sum()) for g in grads.values() if g is not None))
+    return sum(found), sum((float(row["weight"]) / total) ** 2 for row in rows)
+
+
 def gradients(net: nn.Module) -> dict[str, Tensor | None]:
     own = net.module if isinstance(net, DistributedDataParallel) else net
     own = getattr(own, "_orig_mod", own)

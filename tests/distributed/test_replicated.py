@@ -592,3 +592,18 @@ def test_weights_that_are_reported_late_are_not_rounded():
     case = Case(dealt(3, 5), (3, 5), "counts", dtype=torch.float32)
     for value in accumulated_once(case):
         assert value["windows"][0]["report"]["weight"] == 40_000_001
+
+
+def test_ranks_measure_their_own_examples_and_add_what_they_find():
+    """A rank without examples, one with two, which are two draws, and one with a single one."""
+    case = Case(dealt(0, 2, 1), (1, 1, 1))
+    found = ran(scenes.in_parts, 3, case, range(12))
+    assert found[0] == found[1] == found[2]
+    whole = sum(float(g.square().sum()) for g in expected(case).values() if g is not None)
+    draws = {round(squares.examples, 12): squares for squares in found[0]}
+    assert len(draws) == 2
+    assert all(s.gradient == pytest.approx(whole, rel=1e-12) for s in draws.values())
+    assert all(s.num_examples == 3 for s in draws.values())
+    examples, weights = scenes.each(case)
+    assert sum(s.examples for s in draws.values()) / 2 == pytest.approx(examples, rel=1e-12)
+    assert sum(s.weights for s in draws.values()) / 2 == pytest.approx(weights, rel=1e-12)
