@@ -427,7 +427,9 @@ class Accumulator:
             wide = torch.float32 if device.type == "mps" else torch.float64
             late = torch.stack(reported).sum() if reported else torch.zeros((), device=device)
             squares = None
-            own = [losses.sum(0), late[None], _squares(window, norms, reported, device)]
+            own = [losses.sum(0), late[None]]
+            if window.parts is not None:
+                own.append(_squares(window, norms, reported, device))
             sums = ranks.reduce(parameters, used, torch.cat([part.to(wide) for part in own]))
             sums, late, found = sums[: len(names)], sums[len(names)], sums[len(names) + 1 :]
             divisor = torch.where(late == 0, 1, late)

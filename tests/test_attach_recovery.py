@@ -38,7 +38,11 @@ def short_of_memory(trainer, at=PART):
 
 
 @pytest.mark.parametrize("kind", ["hf", "sft"])
-def test_a_run_that_had_to_shrink_is_the_run_of_the_smaller_budget(tmp_path, kind, caplog):
+def test_a_run_that_had_to_shrink_is_the_run_of_the_smaller_budget(
+    tmp_path, kind, caplog, monkeypatch
+):
+    # Which layout is faster is measured by each run, and its bits are those of its layout.
+    monkeypatch.setattr("gradaccum.integrations.hf.find_layout", lambda *_: None)
     trainers = {}
     for name in ("short", "small"):
         torch.manual_seed(0)
