@@ -39,7 +39,7 @@ from gradaccum.errors import (
 )
 from gradaccum.objective import Objective, by_term, shares, sum_and_weight, unweighted
 from gradaccum.packing.plan import Layout
-from gradaccum.parts import drawn, square_norm, unpaired
+from gradaccum.parts import drawn, square_norm, sums_of_squares
 from gradaccum.split import split_parts
 from gradaccum.state import Past, Random, accumulating, batch_norms
 from gradaccum.sync.alone import AGAIN, Alone, Hearing, Message, OtherQuestions
@@ -429,7 +429,8 @@ class Accumulator:
             squares = None
             own = [losses.sum(0), late[None]]
             if window.parts is not None:
-                own.append(_squares(window, norms, reported, device))
+                weights = _weighed(window, reported, device)
+                own.append(sums_of_squares(norms, weights, window.parts))
             sums = ranks.reduce(parameters, used, torch.cat([part.to(wide) for part in own]))
             sums, late, found = sums[: len(names)], sums[len(names)], sums[len(names) + 1 :]
             divisor = torch.where(late == 0, 1, late)
@@ -594,29 +595,17 @@ def _summed(heard: list[Message]) -> dict[str, float]:
     return {name: math.fsum(weights[name] for weights in given) for name in names}
 
 
-def _squares(
-    window: Window, norms: list[Tensor], reported: list[Tensor], device: torch.device
-) -> Tensor:
-    """Return this rank's sums over examples of squared gradients and squared weights, shape (2,).
-
-    Args:
-        norms: The squared norm after each part.
-        reported: The weights of micro-batches, where the loss tells them.
-    """
-    if not norms or window.parts is None:
-        return torch.zeros(2, device=device)
-    ends, nums = zip(*window.parts, strict=True)
-    squares = torch.stack(norms)
+def _weighed(window: Window, reported: list[Tensor], device: torch.device) -> Tensor:
+    """Return the weight of each micro-batch; of several terms, how many examples it has."""
     if reported:
-        weights = torch.stack(reported)
-    else:
-        given = zip(window.micros, window.weights or (), strict=True)
-        is_one = window.totals is not None and len(window.totals) == 1
-        weights = squares.new_tensor(
-            [sum(weight.values()) if is_one else len(micro.examples) for micro, weight in given]
-        )
-    added = weights.to(squares).cumsum(0)[[end - 1 for end in ends]]
-    return torch.stack([unpaired(squares, nums), unpaired(added.square(), nums)])
+        return torch.stack(reported)
+    is_one = window.totals is not None and len(window.totals) == 1
+    given = zip(window.micros, window.weights or (), strict=True)
+    return torch.tensor(
+        [sum(weight.values()) if is_one else len(micro.examples) for micro, weight in given],
+        dtype=torch.float32,
+        device=device,
+    )
 
 
 def _ended(

@@ -69,6 +69,23 @@ def unpaired(squares: Tensor, nums: Sequence[int]) -> Tensor:
     return squares @ squares.new_tensor([*factors, whole])
 
 
+def sums_of_squares(
+    norms: Sequence[Tensor], weights: Tensor, ends: Sequence[tuple[int, int]]
+) -> Tensor:
+    """Return the sums over examples of squared gradients and of squared weights, shape (2,).
+
+    Args:
+        norms: The squared norm of the gradients after each part; none where nothing ran.
+        weights: Those of the micro-batches, shape (micros,).
+        ends: How many micro-batches and examples there are up to the end of each part.
+    """
+    if not norms:
+        return weights.new_zeros(2)
+    squares, (micros, nums) = torch.stack(list(norms)), zip(*ends, strict=True)
+    added = weights.to(squares).cumsum(0)[[end - 1 for end in micros]]
+    return torch.stack([unpaired(squares, nums), unpaired(added.square(), nums)])
+
+
 def square_norm(gradients: Sequence[Tensor]) -> Tensor:
     """Return the squared norm of all gradients together, shape (), float64 where there is such."""
     kinds: dict[torch.dtype, list[Tensor]] = {}
