@@ -252,7 +252,7 @@ def _loss(line: Line, told: Told) -> str:
 def _seconds(line: Line) -> str:
     parts = [f"{line['compute_seconds']:.2f} s forward and backward"]
     for name in ("prepare", "data", "optimizer", "recovery"):
-        spent = line.get(f"{name}_seconds", 0.0)
+        spent = line.get(f"{name}_seconds") or 0.0
         if spent >= 0.005:
             parts.append(f"{spent:.2f} {name}")
     return f"{line['seconds']:.2f} s a step: {', '.join(parts)}" if "seconds" in line else parts[0]

@@ -82,17 +82,24 @@ class MetricsFile:
         kept: list[str] = []
         last: Line = {}
         for text in self.path.read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(json.JSONDecodeError):  # cut off when the run was killed
+            with contextlib.suppress(ValueError, TypeError, KeyError):  # cut off by a kill
                 found = json.loads(text)
                 if found["step"] <= num_steps:
                     kept.append(text)
                     last = found
-        self.path.write_text("".join(f"{text}\n" for text in kept), encoding="utf-8")
+        rewrite(self.path, "".join(f"{text}\n" for text in kept))
         return last
 
     def write(self, found: Line) -> None:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(finite(found), allow_nan=False) + "\n")
+
+
+def rewrite(path: Path, text: str) -> None:
+    """Write a file as a whole: a kill leaves what was there before."""
+    aside = path.with_suffix(".writing")
+    aside.write_text(text, encoding="utf-8")
+    aside.replace(path)
 
 
 def finite(value: Any) -> Any:

@@ -113,7 +113,9 @@ def test_the_checkpoint_alone_resumes_the_run_with_its_flags(model_dir, data_fil
     settings = {"max_steps": 2, "lr_scheduler_type": "constant", "save_steps": 2}
     assert run(model_dir, data_file, halves, **settings) == 0
     capfd.readouterr()
+    (halves / "run.json").write_text('{"schema": 1, "comm')  # by something else than us
     assert train(resume_from_checkpoint=halves / "checkpoint-2", max_steps=4) == 0
+    assert json.loads((halves / "run.json").read_text())["status"] == "finished"
     told = capfd.readouterr().err
     assert f"flags     of the run, from {halves / 'flags.json'}: --model_name_or_path=" in told
     assert logged(whole) == logged(halves)

@@ -8,6 +8,7 @@ import torch
 from accelerate.state import AcceleratorState
 
 import gradaccum
+from gradaccum.report.read import read
 from tests import oracle
 
 FOLDER = Path(__file__).parent.parent / "examples"
@@ -118,3 +119,28 @@ def test_other_fields_against_one_pass_and_the_mean_of_means(make):
     assert accumulator.backward(in_float64(batch)).num_micros >= 3
     assert oracle.error(oracle.left_in(net), expected) <= 1e-12
     assert oracle.error(means, expected) > 0.01
+
+
+def test_noise(capsys):
+    found = load("noise").main()
+    assert found.num_steps == (32, 16) and found.num_examples == 1024
+    assert "effective batch 32; noise scale about " in capsys.readouterr().out
+
+
+def test_branch(capsys):
+    found = load("branch").main()
+    assert found.num_steps == (12, 6) and found.num_examples == 96 and found.error > 0
+    assert str(found) in capsys.readouterr().out
+
+
+def test_growing_batch():
+    steps = load("growing_batch").main()
+    assert [num for num, _ in steps] == [16] * 10 + [32] * 5 + [64] * 7 + [32]
+    assert steps[-1][1] < 0.7 * steps[0][1]
+
+
+def test_watched_trainer():
+    run = read(load("watched_trainer").main())
+    assert run.column("num_examples") == [8] * 4 + [16] * 4
+    loss = run.known("loss")
+    assert loss[-1] < loss[0] and "the effective batch is 16 examples" in run.events[-1][1]

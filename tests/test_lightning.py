@@ -18,6 +18,8 @@ from lightning.pytorch.plugins import MixedPrecision  # noqa: E402
 from torchmetrics import MeanMetric  # noqa: E402
 
 from gradaccum.integrations.lightning import attach  # noqa: E402
+from gradaccum.integrations.lightning_watching import Watching  # noqa: E402
+from gradaccum.report.read import read  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 LENGTHS = [3, 30, 4, 17, 5, 2, 26, 9, 11, 3, 22, 6, 8, 2, 14, 31, 7, 12, 19, 5, 28, 10]
@@ -387,3 +389,49 @@ def test_fabric():
     expected = fabric_gradients(whole)
     assert oracle.error(fabric_gradients(ours), expected) <= 1e-12
     assert oracle.error(fabric_gradients(stock), expected) > 0.05
+
+
+def test_a_run_that_is_watched_is_the_same_run_and_tells_it(tmp_path):
+    full = Module()
+    expected = fit(tmp_path, full, val=loader())
+    ours = attach(Module(), budget=BUDGET, weight="shifted_tokens")
+    watching = Watching(tmp_path / "told", live=False, noise_every=2)
+    found = fit(tmp_path, ours, val=loader(), callbacks=[watching])
+    same(ours, full)
+    own = [{k: v for k, v in row.items() if "gradaccum/" in k} for _, row in found.logger.rows]
+    rest = [(s, {k: v for k, v in row.items() if "gradaccum/" not in k}) for s, row in
+            found.logger.rows]  # fmt: skip
+    found.logger.rows = [(step, row) for step, row in rest if row]
+    same_logs(found.logger, expected.logger)
+    sizes = [row["gradaccum/num_examples"] for row in own if row]
+    assert sizes == [8, 8, 6, 8, 8, 6]
+    run = read(tmp_path / "told")
+    assert run.steps == [1, 2, 3, 4, 5, 6] and run.last("samples") == 44
+    assert run.known("loss") == pytest.approx(full.losses, rel=1e-12)
+    assert run.column("learning_rate") == [0.1, 0.1, 0.05, 0.05, 0.025, 0.025]
+    assert run.column("num_examples") == sizes and run.known("data_seconds") == []
+    assert watching.watch.noise.state_dict()["moments"][0] == 3  # measured steps
+
+
+def test_a_resumed_run_is_watched_on(tmp_path):
+    made = []
+    for steps, path in ((2, None), (5, tmp_path / "kept" / "last.ckpt")):
+        module = attach(Module(), budget=BUDGET, weight="shifted_tokens")
+        made.append(Watching(tmp_path / "told", live=False, noise_every=1))
+        keep = ModelCheckpoint(tmp_path / "kept", save_last=True, every_n_train_steps=1)
+        ended = trainer(
+            tmp_path,
+            max_steps=steps,
+            max_epochs=-1,
+            enable_checkpointing=True,
+            callbacks=[made[-1], keep],
+        )
+        ended.fit(module, loader(), ckpt_path=path, weights_only=False)
+    run = read(tmp_path / "told")
+    assert run.steps == [1, 2, 3, 4, 5] and run.column("samples") == [8, 16, 22, 30, 38]
+    assert made[-1].watch.noise.state_dict()["moments"][0] == 5
+
+
+def test_watching_a_module_that_is_not_attached(tmp_path):
+    with pytest.raises(BadInput, match="not attached"):
+        fit(tmp_path, Module(), callbacks=[Watching(live=False)])

@@ -157,6 +157,17 @@ def test_any_field_may_be_absent(tmp_path):
             single.page(read.read(tmp_path / field))
 
 
+def test_a_noise_scale_of_zero_is_drawn_where_it_is_more(tmp_path):
+    told = runs.lines(4)
+    told[1]["noise"] |= {"scale": 0.0, "low": 0.0}
+    page = single.page(loaded(tmp_path, "a", told, runs.about()))
+    (figure,) = next(s for s in page.sections if s.name == "noise").figures
+    assert '"y":43.0' in json.dumps(figure.spec).replace("\\", "")
+    told = [line | {"noise": line["noise"] | {"scale": 0.0, "low": 0.0}} for line in told]
+    page = single.page(loaded(tmp_path, "b", told, runs.about()))
+    assert not next(s for s in page.sections if s.name == "noise").figures
+
+
 def test_the_figures_are_those_of_the_lines(folder):
     told, found = runs.lines(25), facts.facts(read.read(folder))
     losses = [line["loss"] for line in told]

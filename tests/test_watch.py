@@ -75,7 +75,7 @@ def test_a_run_that_goes_on_drops_later_lines_and_another_one_keeps_the_file(tmp
     with Watch(folder=tmp_path, live=False) as watch:
         run(watch, 4)
     with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 5, "los')  # cut off by a kill
+        file.write('5\n{}\n{"step": 5, "los')  # no lines of ours, and one cut off by a kill
     with Watch(folder=tmp_path, live=False, first_step=2) as watch:
         run(watch, 2, seed=1)
     assert [(line["step"], line["samples"]) for line in lines(tmp_path)] == [
@@ -224,6 +224,19 @@ def test_a_trainer_is_watched_and_its_own_reports_have_the_figures(tmp_path):
     assert not any(name.startswith("gradaccum/") for line in found for name in line)
     assert len(logged(trainer, "gradaccum/num_micros")) == 3
     assert all(n == 8 for n in logged(trainer, "gradaccum/num_examples"))
+
+
+def test_a_step_that_the_optimizer_skipped_is_an_event(tmp_path, monkeypatch):
+    trainer, _ = build(tmp_path, attach={"budget": Budget(examples=2)}, max_steps=3)
+    trainer.add_callback(Watching(trainer, live=False))
+    monkeypatch.setattr(  # a scaler of 16 bits needs an accelerator
+        type(trainer.accelerator),
+        "optimizer_step_was_skipped",
+        property(lambda _: trainer.state.global_step == 2),
+    )
+    trainer.train()
+    found = [line["events"] for line in lines(tmp_path / "out")]
+    assert found == [[], ["the optimizer skipped this step: a gradient was not finite"], []]
 
 
 def test_a_trainer_that_is_not_attached_is_refused(tmp_path):

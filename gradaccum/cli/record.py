@@ -14,7 +14,7 @@ import trl
 
 import gradaccum
 from gradaccum.cli.arguments import Arguments
-from gradaccum.metrics import SCHEMA, finite
+from gradaccum.metrics import SCHEMA, finite, rewrite
 from gradaccum.noise import Advice, Noise
 from gradaccum.types import Proof
 
@@ -36,10 +36,7 @@ def begin(trainer: Any, arguments: Arguments, words: list[str], resume: str | No
         resume: The checkpoint from which it goes on.
     """
     args, accumulation = trainer.args, trainer.accumulation
-    before: Record = {}
-    path = Path(args.output_dir) / NAME
-    if resume is not None and path.is_file():
-        before = json.loads(path.read_text(encoding="utf-8"))
+    before = {} if resume is None else read(Path(args.output_dir))
     names = dict.fromkeys((*TOLD, *sorted(arguments.given)))
     settings = {name: _plain(getattr(args, name)) for name in names if hasattr(args, name)}
     budget = accumulation.cut.budget
@@ -101,9 +98,18 @@ def end(
     return record
 
 
-def write(record: Record, output: Path) -> None:
-    text = json.dumps(finite(record), indent=1, allow_nan=False)
-    (output / NAME).write_text(text + "\n", encoding="utf-8")
+def read(output: Path) -> Record:
+    """Return what a run has recorded so far; nothing where that is damaged."""
+    try:
+        found = json.loads((output / NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def write(value: Any, path: Path) -> None:
+    """Write JSON to a file."""
+    rewrite(path, json.dumps(finite(value), indent=1, allow_nan=False) + "\n")
 
 
 def _bounds(budget: Any) -> Record:

@@ -91,9 +91,9 @@ def _run(words: list[str]) -> int:
         is_stated = arguments.schedule or "effective_batch_size" in arguments.given
         if not is_stated:  # on other ranks it would be another
             kept += ["--effective_batch_size", str(arguments.effective_batch_size)]
-        (output / FLAGS).write_text(json.dumps(kept))
+        record.write(kept, output / FLAGS)
         begun = record.begin(trainer, arguments, kept, resume)
-        record.write(begun, output)
+        record.write(begun, output / record.NAME)
     try:
         trainer.train(resume_from_checkpoint=resume)
     except Finished as done:
@@ -110,7 +110,8 @@ def _run(words: list[str]) -> int:
     if stop.stopped and stop.received is not None:
         saved = str(output / f"checkpoint-{trainer.state.global_step}")
         if IS_FIRST:
-            record.write(record.end(begun, trainer, "stopped", None, advice(trainer)), output)
+            ended = record.end(begun, trainer, "stopped", None, advice(trainer))
+            record.write(ended, output / record.NAME)
         say(f"stopped by {signal.Signals(stop.received).name}, saved {saved}")
         say(f"go on with: gradaccum train {shlex.join(['--resume_from_checkpoint', saved])}")
         return 128 + stop.received
@@ -119,7 +120,8 @@ def _run(words: list[str]) -> int:
     found = decided(lambda: totals(output / METRICS, trainer.accumulation.watch.first_step))
     if IS_FIRST:
         said = advice(trainer)
-        record.write(record.end(begun, trainer, "finished", proof, said), output)
+        ended = record.end(begun, trainer, "finished", proof, said)
+        record.write(ended, output / record.NAME)
         summarise(trainer, arguments, output, found, proof)
     return 0 if found["is_finite"] else 1
 

@@ -80,6 +80,8 @@ class Watching(TrainerCallback):
         if size != self._size:
             events.append(f"the effective batch is {size:,} examples from here on")
         self._size = size
+        if self._trainer.accelerator.optimizer_step_was_skipped:
+            events.append("the optimizer skipped this step: a gradient was not finite")
         watch.note(
             step,
             seconds=round(time.perf_counter() - self._step_begin + spent.get("data", 0.0), 4),

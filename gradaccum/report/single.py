@@ -234,7 +234,7 @@ def _batch(run: Run, told: dict[str, Any]) -> Section | None:
 
 
 def _noise(run: Run, told: dict[str, Any]) -> Section | None:
-    noise, points = told["noise"], run.points("noise.scale")
+    noise, points = told["noise"], [p for p in run.points("noise.scale") if p[1] > 0]
     if not isinstance(noise, dict):
         return None
     scale, low, high = (number(noise.get(name)) for name in ("scale", "low", "high"))
@@ -261,9 +261,9 @@ def _noise(run: Run, told: dict[str, Any]) -> Section | None:
         for s, value, low, high in zip(
             run.steps, run.column("noise.scale"), lows, highs, strict=True
         )
-        if value is not None
+        if value
     ]
-    drawn = [Line("noise scale", [p for p in points if p[1] > 0])]
+    drawn = [Line("noise scale", points)]
     keys = [Key("noise scale", "var(--s1)"), Key("95% interval", "var(--s1)", "band")]
     batch = run.points("effective_batch_size")
     if batch:
