@@ -5,18 +5,19 @@ a machine that others use as well changes its speed within seconds. In every oth
 models, since where one lies in memory can count for more than the difference. Both collate in the
 time that is taken. The loop gets its micro-batches cut and its count for nothing; the accumulator
 cuts and counts. The ratio is that of all that ours takes to all that the loop takes, the geometric
-mean of two rounds; of these the median and its 95% interval. The loop against itself shows what the
-measure is good for.
+mean of two rounds; of these the median and its 95% interval. All of it runs in several processes,
+which differ by more than their rounds do. The loop against itself shows what the measure is worth.
 
 The same loops also run a model that costs next to nothing, where what the engine adds to a
 micro-batch can be seen.
 
-    python benchmarks/overhead.py --rounds 20 --out benchmarks/results/overhead.json
+    python benchmarks/overhead.py --rounds 24 --out benchmarks/results/overhead.json
 """
 
 import argparse
 import copy
 import math
+import multiprocessing
 import statistics
 import time
 from types import SimpleNamespace
@@ -31,6 +32,14 @@ from gradaccum.batch import as_batch
 from gradaccum.cli import embedded
 from gradaccum.padding import pad_collate
 from gradaccum.split import split
+
+WORKLOADS = (
+    FOUR_ROWS := "uniform, 32 x 128 tokens, 4 rows",
+    ONE_ROW := "uniform, 32 x 128 tokens, 1 row",
+    RAGGED := "ragged, 32 functions, 512 tokens",
+    AGAINST_ITSELF := "the loop against itself, 32 x 128 tokens, 1 row",
+    NOTHING := "next to nothing, 32 x 2 tokens, 1 row",
+)
 
 
 def by_hand(net, examples, count):
@@ -87,11 +96,26 @@ def measure(net, batch, budget, rounds, contender=gradaccum.Accumulator):
     gradaccum.Accumulator(net, objective, budget=budget).prepare(batch)
     return {
         "micro_batches": len(hand),
+        "each": each,
+        "ratios": ratios,
+        "added": added,
+        "prepare": time.perf_counter() - begin,
+    }
+
+
+def joined(found):
+    """Return the figures of a workload from those of several processes."""
+    ratios, each, added = (
+        [value for one in found for value in one[name]] for name in ("ratios", "each", "added")
+    )
+    return {
+        "micro_batches": found[0]["micro_batches"],
         "hand_written_milliseconds_each": round(1e3 * statistics.median(each), 3),
         "ratio_median": round(statistics.median(ratios), 4),
         "ratio_interval": [round(q, 4) for q in interval_of_median(ratios)],
+        "ratio_of_each_process": [round(statistics.median(one["ratios"]), 4) for one in found],
         "added_microseconds_per_micro_batch": round(1e6 * statistics.median(added)),
-        "prepare_seconds": round(time.perf_counter() - begin, 5),
+        "prepare_seconds": round(statistics.median(one["prepare"] for one in found), 5),
     }
 
 
@@ -114,11 +138,8 @@ class Tiny(nn.Module):
         return SimpleNamespace(logits=logits)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--out")
-    options = parser.parse_args()
+def workload(name, rounds):
+    """Measure the workload of this name in this process."""
     pairs = embedded.functions(400)
     tokenizer = embedded.tokenizer(p["prompt"] + p["completion"] for p in pairs)
     net = embedded.model(tokenizer)
@@ -128,19 +149,31 @@ def main():
     uniform = [
         {"input_ids": (part := long[128 * i : 128 * i + 128]), "labels": part} for i in range(32)
     ]
-    rows = {
-        "uniform, 32 x 128 tokens, 4 rows": (uniform, gradaccum.Budget(examples=4)),
-        "uniform, 32 x 128 tokens, 1 row": (uniform, gradaccum.Budget(examples=1)),
-        "ragged, 32 functions, 512 tokens": (ragged, gradaccum.Budget(tokens=512)),
-    }
-    figures = {name: measure(net, *row, options.rounds) for name, row in rows.items()}
-    figures["the loop against itself, 32 x 128 tokens, 1 row"] = measure(
-        net, uniform, gradaccum.Budget(examples=1), options.rounds, ByHand
-    )
     few = [{"input_ids": [0, 1], "labels": [0, 1]}] * 32
-    figures["next to nothing, 32 x 2 tokens, 1 row"] = measure(
-        Tiny(), few, gradaccum.Budget(examples=1), 10 * options.rounds
-    )
+    one, four = gradaccum.Budget(examples=1), gradaccum.Budget(examples=4)
+    return {
+        FOUR_ROWS: lambda: measure(net, uniform, four, rounds),
+        ONE_ROW: lambda: measure(net, uniform, one, rounds),
+        RAGGED: lambda: measure(net, ragged, gradaccum.Budget(tokens=512), rounds),
+        AGAINST_ITSELF: lambda: measure(net, uniform, one, rounds, ByHand),
+        NOTHING: lambda: measure(Tiny(), few, one, 10 * rounds),
+    }[name]()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=24, help="over all processes")
+    parser.add_argument("--processes", type=int, default=3)
+    parser.add_argument("--out")
+    options = parser.parse_args()
+    rounds = options.rounds // options.processes
+    asked = [(name, rounds) for name in WORKLOADS for _ in range(options.processes)]
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        found = pool.starmap(workload, asked, 1)
+    figures = {
+        name: joined([one for (given, _), one in zip(asked, found, strict=True) if given == name])
+        for name in WORKLOADS
+    }
     publish({"workloads": figures}, options.out)
 
 

@@ -93,6 +93,7 @@ class Watching(Callback):
         watch = self.watch
         if watch is None:
             return self._kept
+        watch.flush()  # a checkpoint's steps are in the file
         noise = None if watch.noise is None else watch.noise.state_dict()
         return {"samples": watch.samples, "noise": noise}
 
