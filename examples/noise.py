@@ -26,7 +26,7 @@ def loss(model: nn.Module, micro: dict[str, torch.Tensor]) -> torch.Tensor:
     return F.mse_loss(model(micro["x"]), micro["y"])
 
 
-def main(num_steps: int = 200, size: int = 32) -> Branch:
+def main(num_steps: int = 80, size: int = 32) -> Branch:
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Linear(1, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 1)
@@ -37,7 +37,7 @@ def main(num_steps: int = 200, size: int = 32) -> Branch:
     objective = gradaccum.from_mean(loss, weight="rows")
     accumulator = gradaccum.Accumulator(model, objective, budget=gradaccum.Budget(examples=8))
     folder = tempfile.mkdtemp()  # metrics.jsonl goes here: gradaccum report FOLDER
-    with Watch(accumulator, folder, num_steps=num_steps, noise_every=5) as watch:
+    with Watch(accumulator, folder, num_steps=num_steps, noise_every=2) as watch:
         for examples in watch.reading(loader):
             step = accumulator.backward(examples)
             optimizer.step()

@@ -58,7 +58,7 @@ class Watching(Callback):
         watch.follow(pl_module.accumulation.accumulator, self._kept.get("noise"))
         watch.samples = watch.samples or self._kept.get("samples", 0)
 
-    def on_train_batch_start(self, *_: Any) -> None:
+    def on_train_batch_start(self, *_: Any, **__: Any) -> None:
         self._begin = time.perf_counter()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: Any) -> None:
@@ -76,17 +76,17 @@ class Watching(Callback):
             data_seconds=None,  # Lightning does not tell; validation comes between as well
             learning_rate=self._rate,
         )
-        every = trainer.log_every_n_steps
+        every = getattr(trainer, "log_every_n_steps", 0)  # Lightning sets it where no type tells
         if trainer.loggers and every and trainer.global_step % every == 0:
             found = {f"gradaccum/{name}": value for name, value in self.watch.figures().items()}
             pl_module.log_dict(found, on_step=True, on_epoch=False, batch_size=1)
         self.watch.flush(waits=False)
 
-    def on_train_end(self, *_: Any) -> None:
+    def on_train_end(self, *_: Any, **__: Any) -> None:
         if self.watch is not None:
             self.watch.close()
 
-    def on_exception(self, *_: Any) -> None:
+    def on_exception(self, *_: Any, **__: Any) -> None:
         self.on_train_end()
 
     def state_dict(self) -> dict[str, Any]:
