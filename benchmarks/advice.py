@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import transformers
 from common import publish
+from matplotlib.figure import Figure
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import gradaccum
@@ -167,28 +168,27 @@ def compared(best: dict[int, list[Run]]) -> list[dict[str, Any]]:
     return found
 
 
-def drawn(found: list[dict[str, Any]], runs: dict[int, list[Run]], path: str) -> None:
+def drawn(found: list[dict[str, Any]], path: str) -> None:
     """Draw examples and steps to the goal, as measured and as predicted at 32."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     sizes = [each["effective_batch"] for each in found]
     base = next(each for each in found if each["effective_batch"] == BASE)
-    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-    for axis, per in zip(axes, ("examples", "steps"), strict=True):
-        for size in sizes:
-            costs = [cost(r) / (1 if per == "examples" else size) for r in runs[size]]
+    scale = base["noise_scale"] or base["noise_scale_95"][0]
+    told = [base["examples"] * (size + scale) / (BASE + scale) for size in sizes]
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    for axis, per in zip(figure.subplots(1, 2), ("examples", "steps"), strict=True):
+        over = [1 if per == "examples" else size for size in sizes]
+        for size, each, by in zip(sizes, found, over, strict=True):
+            costs = [cost / by for cost in each["examples_by_seed"]]
             axis.plot([size] * len(costs), costs, "o", color="#2563eb", alpha=0.4)
-        axis.plot(sizes, [each[per] for each in found], "-", color="#2563eb", label="measured")
-        scale = base["noise_scale"] or base["noise_scale_95"][0]
-        told = [base["examples"] * (s + scale) / (BASE + scale) for s in sizes]
-        told = [t / (1 if per == "examples" else s) for t, s in zip(told, sizes, strict=True)]
+        axis.plot(sizes, [each[per] for each in found], color="#2563eb", label="measured")
         label = f"predicted at {BASE} (noise scale {scale:.0f})"
-        axis.plot(sizes, told, "--", color="#d97706", label=label)
-        axis.set(xscale="log", yscale="log", xlabel="effective batch, examples", ylabel=per)
+        values = [each / by for each, by in zip(told, over, strict=True)]
+        axis.plot(sizes, values, "--", color="#d97706", label=label)
+        axis.set(xscale="log", yscale="log", xlabel="effective batch, examples")
         axis.set_xticks(sizes, map(str, sizes))
+        low, high = axis.get_ylim()
+        levels = [n * 10**e for e in range(1, 7) for n in (1, 2, 5) if low < n * 10**e < high]
+        axis.set_yticks(levels, [f"{level:,}" for level in levels])
         axis.minorticks_off()
         axis.set_title(f"{per} to the same loss")
         axis.legend(frameon=False)
@@ -240,7 +240,7 @@ def main() -> None:
     }
     publish(figures, args.out, transformers)
     if args.plot:
-        drawn(found, best, args.plot)
+        drawn(found, args.plot)
 
 
 if __name__ == "__main__":
