@@ -8,7 +8,7 @@ examples drawn out of N it is, in the mean over all draws,
 
 so that each of these norms tells Σ |g_k|², the sum of squares that N backwards of one example each
 would have told. Nothing is assumed about the examples, or about how they are packed within a part;
-no gradient is stored a second time. What the noise scale makes of it is in `noise.py`.
+no gradient is stored a second time. What the noise scale makes of it is in `noise/scale.py`.
 """
 
 from collections.abc import Sequence
